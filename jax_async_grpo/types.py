@@ -1,0 +1,102 @@
+"""The objects that travel through the library, with the shape of every field.
+
+Axes (capital letters, everywhere): `B` prompts · `G` completions a prompt (the group) · `P` prompt tokens · `L` completion
+tokens · `N` tokens of a row (`P + L`) · `V` vocabulary · `D` features · `Y` enumerated completions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+__all__ = ["Params", "Policy", "Rollouts", "Task"]
+
+Params = Any  # any pytree of arrays
+
+
+class Policy(NamedTuple):
+    """An autoregressive policy π_θ as three pure functions; logits are `hidden @ unembed(params)`.
+
+    Attributes:
+      init: `init(key) -> params`. The key is consumed.
+      apply: `apply(params, tokens[..., N], *, positions=None, segment_ids=None, attention_mask=None, cache=None) ->
+        (hidden[..., N, D], cache)`; `hidden[..., n, :] @ unembed(params)` are the logits of token n+1.
+        `positions[..., N]` int, default 0..N-1. `segment_ids[..., N]` int, 0 = padding: a token sees itself and the earlier
+        tokens of its own segment. `attention_mask[..., N, N]` bool, True where the row's token sees the column's token,
+        replaces the causal and segment rule (this is how completions share a prefix in a tree).
+      unembed: `unembed(params) -> [D, V]`, for use as `hidden @ unembed(params)` only: where hidden states are logits already
+        it is an identity that stores nothing.
+      tree: True if `apply` takes `positions` and `attention_mask`, so that enumerated completions may share prefixes. A policy
+        with False is only ever applied to plain causal rows: `apply(params, tokens)`.
+      tail: True if `apply` takes `tail=K` and then computes and returns the hidden states of the last K tokens only,
+        [..., K, D]; saves a transformer most of its last layer where a long prompt is only read.
+    """
+
+    init: Callable[..., Params]
+    apply: Callable[..., tuple[jax.Array, Any]]
+    unembed: Callable[[Params], jax.Array]
+    tree: bool = True
+    tail: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Groups of completions and the log-probs they were really drawn from.
+
+    Attributes:
+      prompts: [B, P] int token ids, padded on the left.
+      prompt_mask: [B, P] bool, False on padding.
+      completions: [B, G, L] int token ids.
+      mask: [B, G, L] bool, True on the tokens the policy chose (the end token included).
+      behavior_logprobs: [B, G, L] log π_φ of every token, nats, 0 where the mask is False.
+      rewards: [B, G].
+      policy_version: [B, G] int, the learner update whose parameters generated the completion.
+      completion_index: [B, G] int, index into the task's enumerated completions; None where nothing is enumerated.
+    """
+
+    prompts: jax.Array
+    prompt_mask: jax.Array
+    completions: jax.Array
+    mask: jax.Array
+    behavior_logprobs: jax.Array
+    rewards: jax.Array
+    policy_version: jax.Array
+    completion_index: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Prompts whose completions can all be enumerated and scored. Host (NumPy) data: close over it, don't trace it.
+
+    Attributes:
+      name: what records and tables call it.
+      prompts: [B, P] int32 token ids, padded on the left.
+      prompt_mask: [B, P] bool, False on padding.
+      completions: [Y, L] int32, every completion once.
+      mask: [Y, L] bool, True up to and including the end token.
+      allowed: [L, V] bool, the tokens that may stand at each completion position; the policy is normalised over them, so that
+        the Y completions carry all the probability.
+      rewards: [B, Y] float64, what the learner is trained on.
+      gold_rewards: [B, Y] float64, what it is judged on; the same array as `rewards` unless the task has a proxy.
+      end_token: the id that ends a completion early, None where all have length L.
+    """
+
+    name: str
+    prompts: np.ndarray
+    prompt_mask: np.ndarray
+    completions: np.ndarray
+    mask: np.ndarray
+    allowed: np.ndarray
+    rewards: np.ndarray
+    gold_rewards: np.ndarray
+    end_token: int | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """V."""
+        return self.allowed.shape[1]
