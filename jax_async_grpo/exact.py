@@ -1,0 +1,399 @@
+"""The exact oracle: surrogate objective, its gradients and J by enumerating the completions of every prompt.
+
+For an aggregation that weights each row by its own mask alone and an advantage that treats the other members of a group
+alike, the other G−1 members matter only through the *counts* of their rewards. With the reward levels ρ_1..ρ_n and
+p_k(x) = Σ_y π(y|x)·1[R(x,y) = ρ_k] (arXiv 2607.01083, surrogate L(θ,φ); the closed form is this project's):
+
+    L(θ,φ) = −E_x Σ_y π_φ(y|x) Σ_c Multinomial(c; G−1, p(·|x)) · agg_l ℓ( log π_θ(y_l), log π_φ(y_l), A(R(y), c) )
+
+for any per-token loss ℓ, at a cost of Y·C instead of Y^G, where C = (G−1+n−1 choose n−1). What cannot be separated this way
+(a token mean over rows of unequal length, an advantage normalized over the batch, ...) is found by probing the functions
+and refused; `brute_force_objective` sums over all Y^G groups and takes those too.
+
+The behavior policy enters in three *roles*, which may be given apart: it draws the own completion (`sampling`), it is the
+ratio's denominator (`behavior_logprobs`), and it draws the other members of the group, hence the advantage's statistics
+(`statistics`). All results are exact up to rounding: use float64.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_async_grpo import compositions, losses
+from jax_async_grpo.aggregation import sequence_mean, sequence_sum
+from jax_async_grpo.masked import as_mask, masked_sum
+from jax_async_grpo.policies import completion_logprobs
+from jax_async_grpo.separability import check_separable
+from jax_async_grpo.types import Params, Policy, Task
+
+__all__ = [
+    "brute_force_objective",
+    "clip_fraction",
+    "expected_reward",
+    "surrogate_gradient",
+    "surrogate_objective",
+    "surrogate_objective_of_params",
+    "task_logprobs",
+    "total_gradient",
+]
+
+
+def surrogate_objective(
+    learner_logprobs: jax.Array,
+    behavior_logprobs: jax.Array,
+    rewards: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    group_size: int,
+    loss_fn: Callable,
+    advantage_fn: Callable,
+    aggregation_fn: Callable = sequence_mean,
+    reward_levels=None,
+    proximal_logprobs: jax.Array | None = None,
+    sampling_logprobs: jax.Array | None = None,
+    statistics_logprobs: jax.Array | None = None,
+    detached_logprobs: jax.Array | None = None,
+    loss_inputs: Mapping[str, jax.Array] | None = None,
+    max_compositions: int = 5000,
+) -> jax.Array:
+    """L(θ,φ) of the module's docstring, exactly; differentiable in every log-prob argument, each on its own.
+
+    Args:
+      learner_logprobs: [B, Y, L] log π_θ of every token of every completion, nats.
+      behavior_logprobs: [B, Y, L] log π_φ; the ratio's denominator, and the default of the other two roles.
+      rewards: [B, Y], concrete unless `reward_levels` is given.
+      mask: [B, Y, L] or [Y, L] bool or 0/1, None = all valid.
+      group_size: G.
+      loss_fn: `loss_fn(logprobs[N, L], old_logprobs[N, L], advantages[N], mask[N, L], **loss_inputs) -> [N, L]`, minimised.
+        If it has a parameter named `behavior_logprobs` or `detached_logprobs` it gets that array too.
+      advantage_fn: rewards[..., G] -> advantages[..., G].
+      aggregation_fn: (values[N, L], mask[N, L]) -> `MaskedSum`.
+      reward_levels: the distinct rewards, where `rewards` is traced. A reward that is none of them makes the result NaN.
+      proximal_logprobs: [B, Y, L], replaces the ratio's denominator (decoupled PPO).
+      sampling_logprobs: [B, Y, L], draws the own completion.
+      statistics_logprobs: [B, Y, L], draws the other G−1 members.
+      detached_logprobs: [B, Y, L], what a loss that detaches the learner uses; default `learner_logprobs`, not stopped.
+      loss_inputs: further [B, Y, L] arrays, handed to `loss_fn` by name (a reference policy's log-probs, say).
+      max_compositions: the largest C allowed.
+
+    Returns:
+      Scalar, in the units of advantage; to be *ascended*: minus the expected aggregated loss.
+
+    Raises:
+      ValueError: shapes that do not match, NaN rewards, concrete log-probs whose completions do not sum to 1 (1e-8 in float64),
+        too many compositions, or a function that couples rows.
+    """
+    sampling, denominator, statistics, inputs = _roles(
+        learner_logprobs,
+        behavior_logprobs,
+        proximal_logprobs,
+        sampling_logprobs,
+        statistics_logprobs,
+        detached_logprobs,
+        loss_fn,
+        loss_inputs,
+    )
+    mask = _full_mask(mask, jnp.shape(learner_logprobs))
+    level_index, levels = compositions.reward_level_index(rewards, reward_levels, jnp.shape(learner_logprobs)[:2])
+    counts = compositions.enumerate_compositions(len(levels), group_size, max_compositions)
+    check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_size, tuple(inputs))
+
+    advantages = compositions.advantage_table(advantage_fn, levels, counts)[level_index]  # [B, Y, C]
+    terms = _row_terms(learner_logprobs, denominator, advantages, mask, inputs, loss_fn, aggregation_fn)
+    p = compositions.level_probabilities(_probabilities(statistics, mask), level_index, len(levels))
+    others = compositions.composition_probabilities(p, counts)  # [B, C]
+    return -jnp.mean(jnp.einsum("by,bc,byc->b", _probabilities(sampling, mask), others, terms))
+
+
+def brute_force_objective(
+    learner_logprobs: jax.Array,
+    behavior_logprobs: jax.Array,
+    rewards: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    group_size: int,
+    loss_fn: Callable,
+    advantage_fn: Callable,
+    aggregation_fn: Callable = sequence_mean,
+    proximal_logprobs: jax.Array | None = None,
+    sampling_logprobs: jax.Array | None = None,
+    statistics_logprobs: jax.Array | None = None,
+    detached_logprobs: jax.Array | None = None,
+    loss_inputs: Mapping[str, jax.Array] | None = None,
+    max_groups: int = 1_000_000,
+) -> jax.Array:
+    """The same L(θ,φ) as a sum over all Y^G groups: the check of `surrogate_objective`, and the oracle of coupled functions.
+
+    Without separate roles the rows of a group are aggregated together, so functions that couple the rows *of a group* are
+    right here. With `sampling_logprobs` or `statistics_logprobs` each member in turn is the own completion:
+    (1/G) Σ_i π_samp(y_i) Π_{j≠i} π_stat(y_j) · agg(row i). Arguments and result as in `surrogate_objective`.
+
+    Raises:
+      ValueError: shapes that do not match, or more than `max_groups` groups.
+    """
+    sampling, denominator, statistics, inputs = _roles(
+        learner_logprobs,
+        behavior_logprobs,
+        proximal_logprobs,
+        sampling_logprobs,
+        statistics_logprobs,
+        detached_logprobs,
+        loss_fn,
+        loss_inputs,
+    )
+    mask = _full_mask(mask, jnp.shape(learner_logprobs))
+    num_completions = jnp.shape(learner_logprobs)[1]
+    if num_completions**group_size > max_groups:
+        raise ValueError(f"Y^G = {num_completions}^{group_size} groups exceed max_groups = {max_groups}; lower Y or group_size")
+    groups = np.indices((num_completions,) * group_size).reshape(group_size, -1).T  # [Y^G, G]
+    split_roles = sampling_logprobs is not None or statistics_logprobs is not None
+
+    def of_prompt(learner, old, own_logprobs, other_logprobs, reward, valid, extra):
+        own, other = (jnp.exp(masked_sum(x, valid, axis=-1)) for x in (own_logprobs, other_logprobs))
+
+        def of_group(index):
+            values = loss_fn(
+                learner[index], old[index], advantage_fn(reward[index]), valid[index], **{k: v[index] for k, v in extra.items()}
+            )
+            if not split_roles:
+                return jnp.prod(own[index]) * aggregation_fn(values, valid[index]).mean()
+            # row i: its own role for member i, the statistics role for the others
+            members = jnp.where(jnp.eye(group_size, dtype=bool), own[index][:, None], other[index][None, :])
+            rows = jax.vmap(lambda value, row_mask: aggregation_fn(value[None], row_mask[None]).mean())(values, valid[index])
+            return jnp.dot(jnp.prod(members, axis=-1), rows) / group_size
+
+        return jnp.sum(jax.vmap(of_group)(groups))
+
+    per_prompt = jax.vmap(of_prompt)(learner_logprobs, denominator, sampling, statistics, jnp.asarray(rewards), mask, inputs)
+    return -jnp.mean(per_prompt)
+
+
+def task_logprobs(policy: Policy, params: Params, task: Task) -> jax.Array:
+    """log π(y_l | x, y_<l) of every completion of the task: [B, Y, L] nats, 0 where the task's mask is False."""
+    return completion_logprobs(
+        policy, params, task.prompts, task.completions, task.mask, prompt_mask=task.prompt_mask, allowed=task.allowed
+    )
+
+
+def surrogate_objective_of_params(
+    policy: Policy,
+    learner_params: Params,
+    behavior_params: Params,
+    task: Task,
+    *,
+    sampling_params: Params | None = None,
+    statistics_params: Params | None = None,
+    detached_params: Params | None = None,
+    **algorithm,
+) -> jax.Array:
+    """L(θ,φ) of a policy on a task; differentiable in every parameter argument on its own.
+
+    Args:
+      policy: the policy.
+      learner_params: θ.
+      behavior_params: φ, the ratio's denominator and the default of the other two roles.
+      task: its Y completions carry all the probability.
+      sampling_params: draw the own completion.
+      statistics_params: draw the other members of the group.
+      detached_params: θ for the detached part of losses that have one; default `learner_params`.
+      **algorithm: `group_size`, `loss_fn`, `advantage_fn`, `aggregation_fn`, ... of `surrogate_objective`.
+
+    Returns:
+      Scalar, to be ascended.
+    """
+
+    def logprobs(params):
+        return None if params is None else task_logprobs(policy, params, task)
+
+    return surrogate_objective(
+        logprobs(learner_params),
+        logprobs(behavior_params),
+        task.rewards,
+        task.mask,
+        sampling_logprobs=logprobs(sampling_params),
+        statistics_logprobs=logprobs(statistics_params),
+        detached_logprobs=logprobs(detached_params),
+        **algorithm,
+    )
+
+
+def surrogate_gradient(
+    policy: Policy,
+    learner_params: Params,
+    behavior_params: Params,
+    task: Task,
+    *,
+    sampling_params: Params | None = None,
+    statistics_params: Params | None = None,
+    **algorithm,
+) -> Params:
+    """H(θ,φ) = ∂_θ L(θ,φ) with φ held fixed, exactly: what an asynchronous learner uses (arXiv 2607.01083).
+
+    Differentiable again in θ and in φ, which is how `bias` predicts δ to first order. Arguments as in
+    `surrogate_objective_of_params`.
+
+    Returns:
+      A pytree like `learner_params`, in the ascent direction.
+    """
+
+    def objective(params):
+        return surrogate_objective_of_params(
+            policy,
+            params,
+            behavior_params,
+            task,
+            sampling_params=sampling_params,
+            statistics_params=statistics_params,
+            detached_params=learner_params if "detached_logprobs" in _parameters(algorithm["loss_fn"]) else None,
+            **algorithm,
+        )
+
+    return jax.grad(objective)(learner_params)
+
+
+def total_gradient(policy: Policy, params: Params, task: Task, **algorithm) -> Params:
+    """d/dθ L(θ,θ) = H(θ,θ) + ∂_φ L(θ,φ)|_{φ=θ}: a different object from H (arXiv 2607.01083), kept to show the difference.
+
+    It vanishes where the loss is −c·A at ratio 1, advantages sum to zero in every group and every row has the same total
+    weight. Arguments as in `surrogate_gradient`.
+    """
+    return jax.grad(lambda both: surrogate_objective_of_params(policy, both, both, task, **algorithm))(params)
+
+
+def expected_reward(policy: Policy, params: Params, task: Task, *, rewards: jax.Array | None = None) -> jax.Array:
+    """J(θ) = E_x Σ_y π_θ(y|x)·R(x,y), exactly.
+
+    Args:
+      policy: the policy.
+      params: θ.
+      task: prompts and completions.
+      rewards: [B, Y], default `task.rewards`; pass `task.gold_rewards` for what the policy is judged on.
+
+    Returns:
+      Scalar in reward units.
+    """
+    probabilities = jnp.exp(jnp.sum(task_logprobs(policy, params, task), axis=-1))
+    return jnp.mean(jnp.sum(probabilities * jnp.asarray(task.rewards if rewards is None else rewards), axis=-1))
+
+
+def clip_fraction(
+    policy: Policy,
+    learner_params: Params,
+    behavior_params: Params,
+    task: Task,
+    *,
+    group_size: int,
+    advantage_fn: Callable,
+    epsilon_low: float = 0.2,
+    epsilon_high: float = 0.2,
+) -> jax.Array:
+    """Expected clipped tokens over expected tokens of a group drawn from φ: the exact `pg_clipfrac` of PPO-clip.
+
+    The R_batch of arXiv 2607.01083 is read off this number. Arguments as in `surrogate_gradient`; the epsilons are the clip's.
+
+    Returns:
+      Scalar in [0, 1].
+    """
+
+    def clipped(logprobs, old_logprobs, advantages, mask):
+        return losses.clipped_tokens(
+            logprobs, old_logprobs, advantages, mask, epsilon_low=epsilon_low, epsilon_high=epsilon_high
+        )
+
+    num_clipped = -surrogate_objective_of_params(
+        policy,
+        learner_params,
+        behavior_params,
+        task,
+        group_size=group_size,
+        loss_fn=clipped,
+        advantage_fn=advantage_fn,
+        aggregation_fn=sequence_sum,
+    )
+    own = jnp.exp(jnp.sum(task_logprobs(policy, behavior_params, task), axis=-1))
+    return num_clipped / jnp.mean(jnp.sum(own * jnp.sum(task.mask, axis=-1), axis=-1))
+
+
+def _roles(learner, behavior, proximal, sampling, statistics, detached, loss_fn, loss_inputs):
+    """The arrays by role, all of the learner's shape, and what goes to the loss by name."""
+    shape = jnp.shape(learner)
+    if len(shape) != 3:
+        raise ValueError(f"learner_logprobs has shape {shape}; it must be [B, Y, L]")
+    inputs = dict(loss_inputs or {})
+    wanted = _parameters(loss_fn)
+    if "behavior_logprobs" in wanted:
+        inputs.setdefault("behavior_logprobs", behavior)
+    if "detached_logprobs" in wanted:
+        inputs.setdefault("detached_logprobs", learner if detached is None else detached)
+    sampling = behavior if sampling is None else sampling
+    statistics = behavior if statistics is None else statistics
+    denominator = behavior if proximal is None else proximal
+    named = dict(behavior_logprobs=behavior, proximal_logprobs=denominator, sampling_logprobs=sampling)
+    named |= dict(statistics_logprobs=statistics) | inputs
+    for name, array in named.items():
+        if jnp.shape(array) != shape:
+            raise ValueError(f"{name} has shape {jnp.shape(array)}; it must have the shape of learner_logprobs, {shape}")
+    return sampling, denominator, statistics, inputs
+
+
+def _parameters(function) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some built-ins have no signature
+        return ()
+
+
+def _full_mask(mask, shape):
+    """The mask as [B, Y, L], still NumPy where it was concrete: the probes want its values."""
+    if mask is not None and jnp.shape(mask) == shape[1:]:
+        mask = jnp.broadcast_to(mask, shape) if isinstance(mask, jax.core.Tracer) else np.broadcast_to(mask, shape)
+    if mask is None:
+        return np.ones(shape, dtype=bool)
+    checked = as_mask(mask, shape)
+    return checked if isinstance(mask, jax.core.Tracer) else np.asarray(mask, dtype=bool)
+
+
+def _row_terms(learner, denominator, advantages, mask, inputs, loss_fn, aggregation_fn) -> jax.Array:
+    """[B, Y, C]: the aggregated loss of every completion beside every composition of the other members."""
+    shape = jnp.shape(learner)
+
+    def as_rows(array):
+        return jnp.reshape(array, (-1, shape[-1]))
+
+    learner, denominator, mask = as_rows(learner), as_rows(denominator), as_rows(mask)
+    inputs = {name: as_rows(array) for name, array in inputs.items()}
+
+    def of_composition(row_advantages):
+        values = loss_fn(learner, denominator, row_advantages, mask, **inputs)
+        if jnp.shape(values) != jnp.shape(learner):
+            raise ValueError(f"loss_fn returns shape {jnp.shape(values)}; it must be per token, {jnp.shape(learner)}")
+        return jax.vmap(lambda value, valid: aggregation_fn(value[None], valid[None]).mean())(values, mask)
+
+    terms = jax.vmap(of_composition, in_axes=1, out_axes=1)(jnp.reshape(advantages, (-1, advantages.shape[-1])))
+    return jnp.reshape(terms, (*shape[:2], -1))
+
+
+def _probabilities(logprobs, mask) -> jax.Array:
+    """[B, Y]: π(y|x) = exp Σ_l log π(y_l)."""
+    probabilities = jnp.exp(masked_sum(logprobs, mask, axis=-1))
+    _check_normalized(probabilities)
+    return probabilities
+
+
+def _check_normalized(probabilities):
+    """Concrete probabilities must sum to 1 per prompt: else some completion is missing or counted twice."""
+    if isinstance(probabilities, jax.core.Tracer):
+        return
+    total = np.asarray(jnp.sum(probabilities, axis=-1), dtype=np.float64)
+    tolerance = 1e-8 if probabilities.dtype == jnp.float64 else 1e-4
+    worst = int(np.argmax(np.abs(total - 1)))
+    if not np.abs(total - 1).max() <= tolerance:
+        raise ValueError(
+            f"the completions of prompt {worst} have total probability {total[worst]:.9g}; they must sum to 1 within "
+            f"{tolerance:g} (a completion is missing, or its end token)"
+        )

@@ -1,0 +1,131 @@
+"""Probes that find out whether a user's loss, advantage and aggregation let the exact oracle treat rows one by one.
+
+Each function is run on a few seeded rows together and apart; where the results part, the oracle's closed form would be an
+approximation, so `check_separable` refuses with the reason.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["check_separable"]
+
+_NUM_ROWS = 6
+
+
+def check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_size: int, loss_inputs: tuple[str, ...] = ()):
+    """Raises unless the closed form by composition counts is exact for these functions.
+
+    Args:
+      loss_fn: per-token loss; a row must not depend on other rows.
+      advantage_fn: must treat the members of a group alike and know nothing of other groups.
+      aggregation_fn: must weight each row by its own mask alone.
+      mask: [..., L]; the rows that occur. A traced mask counts as rows of every length.
+      levels: [n] the distinct rewards.
+      group_size: G.
+      loss_inputs: names of the further arrays `loss_fn` takes.
+
+    Raises:
+      ValueError: naming the function and what it couples.
+    """
+    length = mask.shape[-1]
+    if isinstance(mask, jax.core.Tracer):
+        rows = np.tril(np.ones((length, length), dtype=bool))
+    else:
+        rows = np.unique(np.asarray(mask, dtype=bool).reshape(-1, length), axis=0)
+    key = (rows.tobytes(), rows.shape)
+    # probes run on concrete numbers even while the caller is being traced
+    with jax.ensure_compile_time_eval():
+        _once(_probe_loss, loss_fn, length, tuple(sorted(loss_inputs)))
+        _once(_probe_advantage, advantage_fn, tuple(np.asarray(levels, dtype=float).tolist()), group_size)
+        _once(_probe_aggregation, aggregation_fn, *key)
+
+
+def _once(probe, function, *key):
+    """Runs a probe the first time a function meets these circumstances (each time where it cannot be hashed)."""
+    try:
+        hash(function)
+    except TypeError:
+        probe(function, *key)
+    else:
+        _remembered(probe, function, *key)
+
+
+@functools.lru_cache(maxsize=512)
+def _remembered(probe, function, *key):
+    probe(function, *key)
+
+
+def _probe_loss(loss_fn, length: int, loss_inputs: tuple[str, ...]):
+    rng = np.random.default_rng(0)
+    mask = np.arange(length) < rng.integers(1, length + 1, size=(_NUM_ROWS, 1))
+    # small and large ratios: a batch statistic may couple rows only once it passes a threshold
+    for spread in (0.05, 1.0):
+        learner, old, *extra = -1.0 + spread * rng.standard_normal((2 + len(loss_inputs), _NUM_ROWS, length))
+        advantages = rng.standard_normal(_NUM_ROWS)
+
+        def run(rows, learner=learner, old=old, advantages=advantages, extra=extra):
+            inputs = {name: jnp.asarray(x[rows]) for name, x in zip(loss_inputs, extra, strict=True)}
+            arrays = (jnp.asarray(x[rows]) for x in (learner, old, advantages, mask))
+            return np.asarray(loss_fn(*arrays, **inputs))
+
+        together = run(slice(None))
+        apart = np.concatenate([run(slice(i, i + 1)) for i in range(_NUM_ROWS)])
+        if not _close(together, apart):
+            raise ValueError(
+                f"loss_fn {_name(loss_fn)} couples rows: the loss of a row changes with the rows beside it, so the closed form "
+                "is not exact; use brute_force_objective or a loss that treats rows one by one"
+            )
+
+
+def _probe_advantage(advantage_fn, levels: tuple[float, ...], group_size: int):
+    rng = np.random.default_rng(0)
+    # the task's own levels decide what the oracle asks for; a spread of others is needed where there is only one
+    values = np.array(levels) if len(levels) > 1 else np.array([levels[0], levels[0] + 1.0])
+    groups = values[rng.integers(len(values), size=(_NUM_ROWS, group_size))]
+    groups[0], groups[1, 0] = values[0], values[-1]
+    together = np.asarray(advantage_fn(jnp.asarray(groups)))
+    if together.shape != groups.shape:
+        raise ValueError(f"advantage_fn maps rewards of shape {groups.shape} to {together.shape}; the shapes must agree")
+    apart = np.concatenate([np.asarray(advantage_fn(jnp.asarray(group[None]))) for group in groups])
+    if not _close(together, apart):
+        raise ValueError(
+            f"advantage_fn {_name(advantage_fn)} couples groups: the advantages of a group change with the groups "
+            "beside it (a batch statistic), so the closed form is not exact; normalize within groups"
+        )
+    order = rng.permutation(group_size)
+    for shuffle in (order, np.roll(np.arange(group_size), 1)):
+        if not _close(np.asarray(advantage_fn(jnp.asarray(groups[:, shuffle]))), together[:, shuffle]):
+            raise ValueError(
+                f"advantage_fn {_name(advantage_fn)} does not treat the members of a group alike: permuted rewards do not give "
+                "permuted advantages, so counts of rewards do not determine it"
+            )
+
+
+def _probe_aggregation(aggregation_fn, mask_bytes: bytes, shape: tuple[int, int]):
+    mask = np.frombuffer(mask_bytes, dtype=bool).reshape(shape)
+    # at least two copies of a row, so that a sum over rows does not pass for a mean over one
+    mask = np.concatenate([mask, mask])
+    values = np.random.default_rng(0).standard_normal(mask.shape)
+    together = float(aggregation_fn(jnp.asarray(values), jnp.asarray(mask)).mean())
+    rows = zip(jnp.asarray(values)[:, None], jnp.asarray(mask)[:, None], strict=True)
+    apart = [float(aggregation_fn(value, valid).mean()) for value, valid in rows]
+    if not _close(together, np.mean(apart)):
+        raise ValueError(
+            f"aggregation_fn {_name(aggregation_fn)} couples rows of these masks: the aggregate of several rows is not "
+            "the mean of their own (a token mean over unequal lengths does this); use sequence_mean, sequence_sum "
+            "or constant_length"
+        )
+
+
+def _close(a, b) -> bool:
+    tolerance = 1e-9 if jnp.result_type(float) == jnp.float64 else 1e-4
+    return np.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _name(function) -> str:
+    return getattr(function, "__name__", None) or getattr(getattr(function, "func", None), "__name__", repr(function))
