@@ -1,0 +1,65 @@
+"""Digit sums: two numbers to add, a sum of fixed length to say. A small base keeps the completions few."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jax_async_grpo.tasks.base import make_task
+from jax_async_grpo.tasks.enumeration import enumerate_completions
+from jax_async_grpo.types import Task
+
+__all__ = ["digit_sum"]
+
+
+def digit_sum(
+    num_prompts: int = 8, num_digits: int = 2, base: int = 10, *, partial_credit: bool = False, seed: int = 0
+) -> Task:
+    """Sums a + b < base^num_digits, every number written with `num_digits` digits, the most significant first.
+
+    Tokens 0..base-1 are the digits and `base` is the plus sign, so V = base + 1, P = 2·num_digits + 1, L = num_digits and
+    Y = base^num_digits. The operands are distinct ordered pairs, drawn uniformly among those whose sum fits.
+
+    Args:
+      num_prompts: B.
+      num_digits: digits of each operand and of the sum.
+      base: number of digits of the number system.
+      partial_credit: False gives reward 1 to the right sum and 0 to all others; True gives k/num_digits for k right digits.
+      seed: of the operands.
+
+    Returns:
+      The task; all completions have the same length, so there is no end token.
+
+    Raises:
+      ValueError: an argument below its minimum, more prompts than pairs that fit, or too many completions.
+
+    Example:
+      >>> task = digit_sum(num_prompts=4, num_digits=2, base=3)
+      >>> task.prompts.shape, task.completions.shape, task.rewards.sum(axis=1).tolist()
+      ((4, 5), (9, 2), [1.0, 1.0, 1.0, 1.0])
+    """
+    for name, value, least in (("num_prompts", num_prompts, 1), ("num_digits", num_digits, 1), ("base", base, 2)):
+        if value < least:
+            raise ValueError(f"{name}={value} must be at least {least}")
+    num_pairs = base**num_digits * (base**num_digits + 1) // 2
+    if num_prompts > num_pairs:
+        raise ValueError(f"num_prompts={num_prompts} must be at most {num_pairs}, the sums of {num_digits} base-{base} digits")
+    allowed = np.tile(np.arange(base + 1) < base, (num_digits, 1))
+    completions, mask = enumerate_completions(allowed)
+    first, second = _draw_operands(num_prompts, num_pairs, seed)
+    plus = np.full((num_prompts, 1), base)
+    prompts = np.concatenate([_to_digits(first, num_digits, base), plus, _to_digits(second, num_digits, base)], axis=1)
+    right = completions[None] == _to_digits(first + second, num_digits, base)[:, None]
+    rewards = right.mean(axis=-1) if partial_credit else right.all(axis=-1)
+    return make_task("digit_sum", prompts=prompts, completions=completions, mask=mask, allowed=allowed, rewards=rewards)
+
+
+def _draw_operands(num_prompts: int, num_pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct pairs: index n(n+1)/2 + a of the triangle is the sum n split into a and n - a."""
+    index = np.random.default_rng(seed).choice(num_pairs, num_prompts, replace=False)
+    total = ((np.sqrt(8.0 * index + 1) - 1) // 2).astype(np.int64)
+    first = index - total * (total + 1) // 2
+    return first, total - first
+
+
+def _to_digits(numbers: np.ndarray, num_digits: int, base: int) -> np.ndarray:
+    return numbers[:, None] // base ** np.arange(num_digits - 1, -1, -1) % base
