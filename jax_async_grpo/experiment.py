@@ -1,0 +1,421 @@
+"""From a config to the objects of a bias measurement: everything is checked here, before anything is traced.
+
+Config values that are behavior are dotted names, resolved once: `"jax_async_grpo.losses.ppo_clip"`, or a user's own
+`"my_package.my_loss"`. What the keys mean stands in `configs/measure_bias.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_async_grpo import compositions, exact, sampling, staleness, surrogate, warm_start
+from jax_async_grpo.types import Params, Policy, Task
+
+__all__ = ["Algorithm", "Case", "Cell", "Chunk", "build_algorithm", "build_case", "chunks", "describe", "resolve", "validate"]
+
+SCHEDULES = ("fixed", "periodic", "random")
+UPDATES = ("exact", "sampled")
+FIT_VARIABLES = ("staleness_x_learning_rate", "drift")
+MIN_CYCLES = 4
+
+_TOP_KEYS = (
+    "seed",
+    "group_size",
+    "loss",
+    "loss_options",
+    "unclipped_loss",
+    "advantage",
+    "advantage_options",
+    "aggregation",
+    "aggregation_options",
+    "max_compositions",
+    "clip_level",
+    "clip_epsilons",
+    "collapse_fraction",
+    "confidence",
+    "num_bootstrap",
+    "cases",
+)
+_CASE_KEYS = (
+    "policy",
+    "policy_options",
+    "task",
+    "task_options",
+    "warm_start",
+    "optimizer",
+    "optimizer_options",
+    "updates",
+    "schedules",
+    "max_staleness",
+    "learning_rates",
+    "time_window",
+    "num_measurements",
+    "num_seeds",
+    "fit_variable",
+    "fit_window",
+    "vectorize",
+    "horizon_learning_rate",
+    "horizon_updates",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """What is averaged and differentiated; the same for every case.
+
+    Attributes:
+      group_size: G.
+      loss_fn, unclipped_loss_fn, advantage_fn, aggregation_fn: as in `exact.surrogate_objective`.
+      max_compositions: as there.
+      loss_name: for the records.
+    """
+
+    group_size: int
+    loss_fn: Callable
+    unclipped_loss_fn: Callable
+    advantage_fn: Callable
+    aggregation_fn: Callable
+    max_compositions: int
+    loss_name: str
+
+    def arguments(self, *, clipped: bool = True) -> dict[str, Any]:
+        """Keyword arguments of `exact.surrogate_gradient`."""
+        return dict(
+            group_size=self.group_size,
+            loss_fn=self.loss_fn if clipped else self.unclipped_loss_fn,
+            advantage_fn=self.advantage_fn,
+            aggregation_fn=self.aggregation_fn,
+            max_compositions=self.max_compositions,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A policy on a task with an optimizer, ready to run.
+
+    Attributes:
+      name: its key in the config.
+      policy, task, params: with θ_0 after the warm start, if there is one.
+      algorithm: shared.
+      optimizer_fn: learning rate -> optax transformation.
+      config: the case's own part of the config.
+      labels: policy, task, optimizer and loss, for the records.
+    """
+
+    name: str
+    policy: Policy
+    task: Task
+    params: Params
+    algorithm: Algorithm
+    optimizer_fn: Callable
+    config: Mapping[str, Any]
+    labels: dict[str, str]
+
+    def gradient(self, learner_params: Params, behavior_params: Params) -> Params:
+        """H(θ,φ), exactly."""
+        return exact.surrogate_gradient(self.policy, learner_params, behavior_params, self.task, **self.algorithm.arguments())
+
+    def role_gradient(self, learner_params, sampling_params, denominator_params, statistics_params, *, clipped=True) -> Params:
+        """H with the behavior policy's three roles apart."""
+        return exact.surrogate_gradient(
+            self.policy,
+            learner_params,
+            denominator_params,
+            self.task,
+            sampling_params=sampling_params,
+            statistics_params=statistics_params,
+            **self.algorithm.arguments(clipped=clipped),
+        )
+
+    def update_gradient(self, updates: str) -> Callable:
+        """What the learner follows: `(key, learner_params, behavior_params, step, policy_version)` -> gradient."""
+
+        def exact_update(key, learner_params, behavior_params, step, policy_version):
+            del key, step, policy_version  # nothing is drawn
+            return self.gradient(learner_params, behavior_params)
+
+        def sampled_update(key, learner_params, behavior_params, step, policy_version):
+            rollouts = self.rollouts(key, behavior_params, step, policy_version)
+            functions = {k: v for k, v in self.algorithm.arguments().items() if k.endswith("_fn")}
+            return surrogate.enumerated_gradient(self.policy, learner_params, rollouts, self.task, **functions)
+
+        return {"exact": exact_update, "sampled": sampled_update}[updates]
+
+    def rollouts(self, key, behavior_params, step, policy_version):
+        """A group of every prompt, drawn from φ."""
+        logprobs = exact.task_logprobs(self.policy, behavior_params, self.task)
+        return sampling.sample_enumerated(
+            key, self.task, logprobs, self.algorithm.group_size, step=step, policy_version=policy_version
+        )
+
+    def rewards(self, params: Params) -> dict[str, jax.Array]:
+        """J on what the learner is trained on, and on what it is judged on."""
+        expected = functools.partial(exact.expected_reward, self.policy, params, self.task)
+        return {"reward": expected(), "gold_reward": expected(rewards=self.task.gold_rewards)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a chunk."""
+
+    schedule: str
+    max_staleness: int
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The runs of one case that share a learning rate: one call of the compiled program.
+
+    Attributes:
+      case: name of the case.
+      updates: "exact" or "sampled".
+      learning_rate: η.
+      cells: the runs.
+      measure_steps: [M] int, ascending; one step of every stratum of the declared η·t window.
+    """
+
+    case: str
+    updates: str
+    learning_rate: float
+    cells: tuple[Cell, ...]
+    measure_steps: np.ndarray
+
+    @property
+    def name(self) -> str:
+        """Unique within a config."""
+        return f"{self.case}/{self.updates}/{self.learning_rate:g}"
+
+    @property
+    def num_updates(self) -> int:
+        """T, learner updates of every run."""
+        return int(self.measure_steps[-1]) + 1
+
+    def staleness(self, seed: int, num_updates: int) -> np.ndarray:
+        """[N, num_updates] int32: the configured schedule of every cell, padded so that all chunks of a case share a shape."""
+        return np.stack([_schedule(cell, seed, num_updates) for cell in self.cells])
+
+
+def resolve(name: str, field: str) -> Any:
+    """The object a dotted name stands for.
+
+    Raises:
+      ValueError: naming the field, when nothing importable has that name.
+    """
+    module_name, _, attribute = str(name).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"config.{field} is {name!r}; it must be an importable dotted name ({error})") from None
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Raises ValueError on the first thing in the config that cannot be run; builds no task and traces nothing large."""
+    _check_keys(config, _TOP_KEYS, "")
+    _check_integer(config["seed"], "seed", minimum=0)
+    _check_integer(config["max_compositions"], "max_compositions", minimum=1)
+    _check_integer(config["num_bootstrap"], "num_bootstrap", minimum=1)
+    _check_integer(config["group_size"], "group_size", minimum=1)
+    for key in ("confidence", "clip_level", "collapse_fraction"):
+        _check_number(config[key], key, lambda x: 0 < x < 1, "between 0 and 1")
+    if len(config["clip_epsilons"]) != 2:
+        raise ValueError(f"config.clip_epsilons is {tuple(config['clip_epsilons'])}; it must be (epsilon_low, epsilon_high)")
+    build_algorithm(config)
+    if not config["cases"]:
+        raise ValueError("config.cases is empty; there is nothing to measure")
+    for name in config["cases"]:
+        _validate_case(config["cases"][name], f"cases.{name}")
+
+
+def build_algorithm(config: Mapping[str, Any]) -> Algorithm:
+    """The functions the config names, with their options; tried once on the smallest arrays so that bad options show here."""
+
+    def function(key, options=None):
+        resolved = resolve(config[key], key)
+        return functools.partial(resolved, **dict(config[options])) if options and config[options] else resolved
+
+    algorithm = Algorithm(
+        group_size=config["group_size"],
+        loss_fn=function("loss", "loss_options"),
+        unclipped_loss_fn=function("unclipped_loss"),
+        advantage_fn=function("advantage", "advantage_options"),
+        aggregation_fn=function("aggregation", "aggregation_options"),
+        max_compositions=config["max_compositions"],
+        loss_name=str(config["loss"]).rpartition(".")[2],
+    )
+    rows, token = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    trials = {
+        "advantage": lambda: jax.eval_shape(
+            algorithm.advantage_fn, jax.ShapeDtypeStruct((2, config["group_size"]), jnp.float32)
+        ),
+        "loss": lambda: jax.eval_shape(algorithm.loss_fn, token, token, rows),
+        "unclipped_loss": lambda: jax.eval_shape(algorithm.unclipped_loss_fn, token, token, rows),
+        "aggregation": lambda: jax.eval_shape(lambda x: algorithm.aggregation_fn(x, None).mean(), token),
+    }
+    for key, trial in trials.items():
+        try:
+            trial()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config.{key} ({config[key]}) refuses its options: {_first_line(error)}") from None
+    return algorithm
+
+
+def build_case(config: Mapping[str, Any], name: str) -> Case:
+    """The case of that name: task, policy, θ_0 and optimizer.
+
+    Raises:
+      ValueError: the task has too many reward levels for the oracle, or a factory refuses its options.
+    """
+    part, algorithm, field = config["cases"][name], build_algorithm(config), f"cases.{name}"
+    task = _call(part, "task", field)
+    levels = len(np.unique(task.rewards))
+    total = compositions.num_compositions(levels, algorithm.group_size)
+    if total > algorithm.max_compositions:
+        raise ValueError(
+            f"config.{field}.task has {levels} distinct rewards, which give {total} compositions at group_size "
+            f"{algorithm.group_size}, above max_compositions = {algorithm.max_compositions}; lower group_size or the number of "
+            "reward levels"
+        )
+    policy = _call(part, "policy", field, task.vocab_size)
+    # jitted: a transformer's initialisation is hundreds of small operations
+    params = jax.jit(policy.init)(jax.random.fold_in(jax.random.key(config["seed"]), 0))
+    if part["warm_start"]:
+        params = warm_start.supervised(policy, params, task, **dict(part["warm_start"])).params
+    labels = {key: str(part[key]).rpartition(".")[2] for key in ("policy", "optimizer")}
+    return Case(
+        name=name,
+        policy=policy,
+        task=task,
+        params=params,
+        algorithm=algorithm,
+        optimizer_fn=functools.partial(resolve(part["optimizer"], f"{field}.optimizer"), **dict(part["optimizer_options"])),
+        config=part,
+        labels={**labels, "task": task.name, "loss": algorithm.loss_name},
+    )
+
+
+def chunks(config: Mapping[str, Any]) -> list[Chunk]:
+    """All chunks of the config, in the order in which they run."""
+    result = []
+    for name, part in config["cases"].items():
+        # one jittered step a stratum, the same fractions for every η: no schedule's phase is favored, η·t is matched
+        jitter = np.random.default_rng(config["seed"]).uniform(size=part["num_measurements"])
+        start, end = part["time_window"]
+        times = start + (np.arange(part["num_measurements"]) + jitter) / part["num_measurements"] * (end - start)
+        for updates in part["updates"]:
+            cells = tuple(
+                Cell(schedule, int(max_staleness), seed)
+                for schedule in part["schedules"]
+                for max_staleness in part["max_staleness"]
+                for seed in range(part["num_seeds"] if updates == "sampled" else 1)
+            )
+            for learning_rate in part["learning_rates"]:
+                steps = np.floor(times / learning_rate).astype(np.int32)
+                result.append(Chunk(name, updates, float(learning_rate), cells, steps))
+    return result
+
+
+def describe(config: Mapping[str, Any], cases: Sequence[Case]) -> str:
+    """The plan and its cost, as `--dry_run` prints it."""
+    lines = ["case                updates  cells  eta from .. to      updates  H evaluations  ring MiB   Y  compositions"]
+    planned = chunks(config)
+    for case in cases:
+        parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(case.params))
+        for updates in case.config["updates"]:
+            mine = [chunk for chunk in planned if chunk.case == case.name and chunk.updates == updates]
+            num_updates = sum(len(chunk.cells) * chunk.num_updates for chunk in mine)
+            measured = sum(len(chunk.cells) * len(chunk.measure_steps) for chunk in mine)
+            together = len(mine[0].cells) if case.config["vectorize"] else 1
+            ring = parameters * (max(case.config["max_staleness"]) + 1) * together / 2**20
+            count = compositions.num_compositions(len(np.unique(case.task.rewards)), case.algorithm.group_size)
+            rates = case.config["learning_rates"]
+            lines.append(
+                f"{case.name:<20}{updates:<9}{sum(len(chunk.cells) for chunk in mine):>5}  {min(rates):<8g} {max(rates):<8g}"
+                f"{num_updates:>10}{num_updates + 2 * measured:>15}{ring:>10.1f}{case.task.rewards.shape[1]:>4}{count:>14}"
+            )
+    lines.append(f"{len(planned)} chunks; records after each, so an interrupted run continues where it was")
+    return "\n".join(lines)
+
+
+def _schedule(cell: Cell, seed: int, num_updates: int) -> np.ndarray:
+    if cell.schedule == "random":
+        # every (S, seed) draws its own lags
+        return staleness.random(seed + 1000 * cell.seed + cell.max_staleness, cell.max_staleness, num_updates)
+    return {"fixed": staleness.fixed, "periodic": staleness.periodic}[cell.schedule](cell.max_staleness, num_updates)
+
+
+def _call(part, key, field, *arguments):
+    factory = resolve(part[key], f"{field}.{key}")
+    try:
+        return factory(*arguments, **dict(part[f"{key}_options"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.{field}.{key} ({part[key]}): {_first_line(error)}") from None
+
+
+def _validate_case(part, field):
+    _check_keys(part, _CASE_KEYS, field)
+    for key, allowed in (("updates", UPDATES), ("schedules", SCHEDULES)):
+        unknown = [value for value in part[key] if value not in allowed]
+        if unknown or not part[key]:
+            raise ValueError(f"config.{field}.{key} is {tuple(part[key])}; it must name some of {allowed}")
+    if part["fit_variable"] not in FIT_VARIABLES:
+        raise ValueError(f"config.{field}.fit_variable is {part['fit_variable']!r}; it must be one of {FIT_VARIABLES}")
+    for key in ("max_staleness", "learning_rates"):
+        if isinstance(part[key], str) or not isinstance(part[key], Sequence) or not part[key]:
+            raise ValueError(f"config.{field}.{key} is {part[key]!r}; it must be a tuple of numbers, not empty")
+    for value in part["max_staleness"]:
+        _check_integer(value, f"{field}.max_staleness", minimum=0)
+    for value in part["learning_rates"]:
+        _check_number(value, f"{field}.learning_rates", lambda x: x > 0, "> 0")
+    for key in ("time_window", "fit_window"):
+        low, high = (*part[key], math.nan, math.nan)[:2]
+        if not 0 <= low < high < math.inf:
+            raise ValueError(f"config.{field}.{key} is {tuple(part[key])}; it must be (low, high) with 0 <= low < high")
+    _check_integer(part["num_measurements"], f"{field}.num_measurements", minimum=2)
+    _check_integer(part["num_seeds"], f"{field}.num_seeds", minimum=1)
+    _check_integer(part["horizon_updates"], f"{field}.horizon_updates", minimum=0)
+    if part["horizon_updates"]:
+        _check_number(part["horizon_learning_rate"], f"{field}.horizon_learning_rate", lambda x: x > 0, "> 0")
+    for key in ("policy", "task", "optimizer"):
+        resolve(part[key], f"{field}.{key}")
+    first_step = part["time_window"][0] / max(part["learning_rates"])
+    if first_step < max(part["max_staleness"]):
+        raise ValueError(
+            f"config.{field}.time_window starts at eta*t = {part['time_window'][0]:g}, step {math.floor(first_step)} at the "
+            f"largest learning rate, before the ring holds max_staleness = {max(part['max_staleness'])} versions; start at "
+            f"{max(part['learning_rates']) * max(part['max_staleness']):g} or later"
+        )
+
+
+def _check_keys(part, known, field):
+    prefix = f"config.{field}." if field else "config."
+    for key in part:
+        if key not in known:
+            raise ValueError(f"{prefix}{key} is not a key of this job; the keys are {', '.join(known)}")
+    for key in known:
+        if key not in part:
+            raise ValueError(f"{prefix}{key} is missing")
+
+
+def _check_integer(value, field, *, minimum):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
+        raise ValueError(f"config.{field} is {value!r}; it must be an integer >= {minimum}")
+
+
+def _check_number(value, field, is_allowed, allowed):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not is_allowed(value):
+        raise ValueError(f"config.{field} is {value!r}; it must be a number {allowed}")
+
+
+def _first_line(error) -> str:
+    return str(error).strip().split("\n")[0]
