@@ -41,6 +41,8 @@ def get_config() -> ml_collections.ConfigDict:
         policy="jax_async_grpo.policies.tabular",
         policy_options=dict(context_length=1, initial_logits=(0.0, 0.0, 0.0, -2.0, 0.0)),
         task="jax_async_grpo.tasks.proxy_gold_bandit",
+        learning_rates=(0.005, 0.01, 0.02, 0.04),
+        time_window=(2.0, 4.0),  # while the gold reward still rises
         horizon_learning_rate=0.1,
         horizon_updates=4000,
     )
@@ -53,10 +55,10 @@ def get_config() -> ml_collections.ConfigDict:
         schedules=("fixed",),
         max_staleness=(0, 1, 2, 4, 8),
         learning_rates=(5e-4, 1e-3, 2e-3),
-        time_window=(0.018, 0.09),
-        num_measurements=8,
+        time_window=(0.018, 0.06),
+        num_measurements=6,
         fit_variable="drift",
-        fit_window=(0.0, 0.02),
+        fit_window=(0.0, 0.009),
         vectorize=False,
     )
     return config

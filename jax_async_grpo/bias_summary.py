@@ -121,7 +121,7 @@ def text_report(result: Mapping[str, Any]) -> str:
             low, high = prediction["difference_interval"]
             lines.append(
                 f"    {_PREDICTIONS[name]:<52} {prediction['staleness_exponent']:.3f}  [{low:+.3f}, {high:+.3f}]"
-                f"{'' if low <= 0 <= high else '  differs'}"
+                f"{'  differs' if fit['updates'] == 'sampled' and not low <= 0 <= high else ''}"
             )
     for curve in result["msd"]:
         lines.append(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,15 +18,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_async_grpo import compositions, exact, sampling, staleness, surrogate, warm_start
+from jax_async_grpo import bias, compositions, exact, sampling, staleness, surrogate, warm_start
+from jax_async_grpo.aggregation import sequence_mean
 from jax_async_grpo.types import Params, Policy, Task
 
-__all__ = ["Algorithm", "Case", "Cell", "Chunk", "build_algorithm", "build_case", "chunks", "describe", "resolve", "validate"]
+__all__ = [
+    "Algorithm",
+    "Case",
+    "Cell",
+    "Chunk",
+    "build_algorithm",
+    "build_case",
+    "check_algorithm",
+    "check_case",
+    "chunks",
+    "describe",
+    "resolve",
+    "validate",
+]
 
 SCHEDULES = ("fixed", "periodic", "random")
 UPDATES = ("exact", "sampled")
 FIT_VARIABLES = ("staleness_x_learning_rate", "drift")
 MIN_CYCLES = 4
+MAX_UPDATES = 2**31 - 1  # steps are int32
 
 _TOP_KEYS = (
     "seed",
@@ -206,16 +222,19 @@ class Chunk:
 
 
 def resolve(name: str, field: str) -> Any:
-    """The object a dotted name stands for.
+    """The function a dotted name stands for.
 
     Raises:
-      ValueError: naming the field, when nothing importable has that name.
+      ValueError: naming the field, when nothing importable has that name, or it cannot be called.
     """
     module_name, _, attribute = str(name).rpartition(".")
     try:
-        return getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
         raise ValueError(f"config.{field} is {name!r}; it must be an importable dotted name ({error})") from None
+    if not callable(found):
+        raise ValueError(f"config.{field} is {name!r}; it must name a function, not a {type(found).__name__}")
+    return found
 
 
 def validate(config: Mapping[str, Any]) -> None:
@@ -227,8 +246,12 @@ def validate(config: Mapping[str, Any]) -> None:
     _check_integer(config["group_size"], "group_size", minimum=1)
     for key in ("confidence", "clip_level", "collapse_fraction"):
         _check_number(config[key], key, lambda x: 0 < x < 1, "between 0 and 1")
-    if len(config["clip_epsilons"]) != 2:
-        raise ValueError(f"config.clip_epsilons is {tuple(config['clip_epsilons'])}; it must be (epsilon_low, epsilon_high)")
+    for key in ("loss_options", "advantage_options", "aggregation_options", "cases"):
+        _check_mapping(config[key], key)
+    if not isinstance(config["clip_epsilons"], Sequence) or len(config["clip_epsilons"]) != 2:
+        raise ValueError(f"config.clip_epsilons is {config['clip_epsilons']!r}; it must be (epsilon_low, epsilon_high)")
+    for value in config["clip_epsilons"]:
+        _check_number(value, "clip_epsilons", lambda x: x > 0, "> 0")
     build_algorithm(config)
     if not config["cases"]:
         raise ValueError("config.cases is empty; there is nothing to measure")
@@ -269,14 +292,22 @@ def build_algorithm(config: Mapping[str, Any]) -> Algorithm:
     return algorithm
 
 
-def build_case(config: Mapping[str, Any], name: str) -> Case:
+def build_case(config: Mapping[str, Any], name: str, *, start: bool = True) -> Case:
     """The case of that name: task, policy, θ_0 and optimizer.
+
+    Args:
+      config: validated.
+      name: of the case.
+      start: False leaves the parameters as `jax.ShapeDtypeStruct`, which takes no time and is enough to check and to plan.
+
+    Returns:
+      Case.
 
     Raises:
       ValueError: the task has too many reward levels for the oracle, or a factory refuses its options.
     """
     part, algorithm, field = config["cases"][name], build_algorithm(config), f"cases.{name}"
-    task = _call(part, "task", field)
+    task = _call(part, "task", field, Task)
     levels = len(np.unique(task.rewards))
     total = compositions.num_compositions(levels, algorithm.group_size)
     if total > algorithm.max_compositions:
@@ -285,11 +316,15 @@ def build_case(config: Mapping[str, Any], name: str) -> Case:
             f"{algorithm.group_size}, above max_compositions = {algorithm.max_compositions}; lower group_size or the number of "
             "reward levels"
         )
-    policy = _call(part, "policy", field, task.vocab_size)
+    policy = _call(part, "policy", field, Policy, task.vocab_size)
+    key = jax.random.fold_in(jax.random.key(config["seed"]), 0)
     # jitted: a transformer's initialisation is hundreds of small operations
-    params = jax.jit(policy.init)(jax.random.fold_in(jax.random.key(config["seed"]), 0))
-    if part["warm_start"]:
-        params = warm_start.supervised(policy, params, task, **dict(part["warm_start"])).params
+    params = jax.jit(policy.init)(key) if start else jax.eval_shape(policy.init, key)
+    if start and part["warm_start"]:
+        try:
+            params = warm_start.supervised(policy, params, task, **dict(part["warm_start"])).params
+        except ValueError as error:
+            raise ValueError(f"config.{field}.warm_start: {_first_line(error)}") from None
     labels = {key: str(part[key]).rpartition(".")[2] for key in ("policy", "optimizer")}
     return Case(
         name=name,
@@ -301,6 +336,55 @@ def build_case(config: Mapping[str, Any], name: str) -> Case:
         config=part,
         labels={**labels, "task": task.name, "loss": algorithm.loss_name},
     )
+
+
+def check_algorithm(algorithm: Algorithm, name: str) -> None:
+    """Tries the loss and the advantage on four completions of two tokens, before a run depends on them.
+
+    Args:
+      algorithm: of `build_algorithm`.
+      name: what the config calls the loss.
+
+    Raises:
+      ValueError: naming the field; they couple rows, so that the oracle is not exact, or the loss has no first-order law.
+    """
+
+    def gradient(learner_logits, behavior_logits):
+        def objective(logits):
+            options = algorithm.arguments() | {"max_compositions": algorithm.group_size, "aggregation_fn": sequence_mean}
+            return exact.surrogate_objective(_two_tokens(logits), _two_tokens(behavior_logits), [[1.0, 0.0, 0.0, 1.0]], **options)
+
+        return jax.grad(objective)(learner_logits)
+
+    logits, direction = jnp.array([[0.3, 0.0], [-0.2, 0.4], [0.1, 0.5]]), jnp.array([[0.5, 0.2], [0.1, -0.7], [-0.3, 0.4]])
+    try:
+        bias.check_first_order(gradient, logits, direction)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.loss is {name!r}, but {_first_line(error)}") from None
+
+
+def _two_tokens(logits):
+    """[1, 4, 2] log-probs of two binary tokens from [3, 2] logits: of the first, and of the second after either."""
+    first, after_0, after_1 = jax.nn.log_softmax(logits)
+    return jnp.stack([jnp.repeat(first, 2), jnp.concatenate([after_0, after_1])], axis=-1)[None]
+
+
+def check_case(case: Case) -> None:
+    """Traces the case's gradient and optimizer on shapes alone, so that what cannot run is refused before anything does.
+
+    Raises:
+      ValueError: naming the field; the oracle refuses the loss, advantage or aggregation, or the optimizer its options.
+    """
+    params = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), case.params))
+    for what, trial in (
+        ("optimizer", lambda: jax.eval_shape(lambda p: case.optimizer_fn(0.1).init(p), params)),
+        ("loss, advantage or aggregation", lambda: jax.eval_shape(case.gradient, params, params)),
+    ):
+        try:
+            trial()
+        except (AttributeError, TypeError, ValueError) as error:
+            where = f"config.cases.{case.name}.{what}" if what in _CASE_KEYS else f"config.cases.{case.name} with this {what}"
+            raise ValueError(f"{where} cannot run: {_first_line(error)}") from None
 
 
 def chunks(config: Mapping[str, Any]) -> list[Chunk]:
@@ -329,7 +413,7 @@ def describe(config: Mapping[str, Any], cases: Sequence[Case]) -> str:
     lines = ["case                updates  cells  eta from .. to      updates  H evaluations  ring MiB   Y  compositions"]
     planned = chunks(config)
     for case in cases:
-        parameters = sum(leaf.nbytes for leaf in jax.tree.leaves(case.params))
+        parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(case.params))
         for updates in case.config["updates"]:
             mine = [chunk for chunk in planned if chunk.case == case.name and chunk.updates == updates]
             num_updates = sum(len(chunk.cells) * chunk.num_updates for chunk in mine)
@@ -353,12 +437,15 @@ def _schedule(cell: Cell, seed: int, num_updates: int) -> np.ndarray:
     return {"fixed": staleness.fixed, "periodic": staleness.periodic}[cell.schedule](cell.max_staleness, num_updates)
 
 
-def _call(part, key, field, *arguments):
+def _call(part, key, field, kind, *arguments):
     factory = resolve(part[key], f"{field}.{key}")
     try:
-        return factory(*arguments, **dict(part[f"{key}_options"]))
+        made = factory(*arguments, **dict(part[f"{key}_options"]))
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.{field}.{key} ({part[key]}): {_first_line(error)}") from None
+    if not isinstance(made, kind):
+        raise ValueError(f"config.{field}.{key} ({part[key]}) returns a {type(made).__name__}; it must be a {kind.__name__}")
+    return made
 
 
 def _validate_case(part, field):
@@ -376,10 +463,22 @@ def _validate_case(part, field):
         _check_integer(value, f"{field}.max_staleness", minimum=0)
     for value in part["learning_rates"]:
         _check_number(value, f"{field}.learning_rates", lambda x: x > 0, "> 0")
+    for key in ("updates", "schedules", "max_staleness", "learning_rates"):
+        # chunks are told apart by six digits of the learning rate
+        shown = [value if isinstance(value, str) else f"{value:g}" for value in part[key]]
+        twice = next((value for value in shown if shown.count(value) > 1), None)
+        if twice is not None:
+            raise ValueError(f"config.{field}.{key} is {tuple(part[key])}; {twice} stands there twice")
     for key in ("time_window", "fit_window"):
-        low, high = (*part[key], math.nan, math.nan)[:2]
-        if not 0 <= low < high < math.inf:
-            raise ValueError(f"config.{field}.{key} is {tuple(part[key])}; it must be (low, high) with 0 <= low < high")
+        _check_window(part[key], f"{field}.{key}")
+    for key in ("policy_options", "task_options", "optimizer_options", "warm_start"):
+        _check_mapping(part[key], f"{field}.{key}")
+    options = inspect.signature(warm_start.supervised).parameters
+    for key in part["warm_start"]:
+        if key not in options:
+            raise ValueError(f"config.{field}.warm_start.{key} is not an option; the options are {', '.join([*options][3:])}")
+    if not isinstance(part["vectorize"], bool):
+        raise ValueError(f"config.{field}.vectorize is {part['vectorize']!r}; it must be True or False")
     _check_integer(part["num_measurements"], f"{field}.num_measurements", minimum=2)
     _check_integer(part["num_seeds"], f"{field}.num_seeds", minimum=1)
     _check_integer(part["horizon_updates"], f"{field}.horizon_updates", minimum=0)
@@ -388,22 +487,42 @@ def _validate_case(part, field):
     for key in ("policy", "task", "optimizer"):
         resolve(part[key], f"{field}.{key}")
     first_step = part["time_window"][0] / max(part["learning_rates"])
-    if first_step < max(part["max_staleness"]):
+    lag = max(*part["max_staleness"], 1)  # the norm of one update is measured too
+    if first_step < lag:
         raise ValueError(
             f"config.{field}.time_window starts at eta*t = {part['time_window'][0]:g}, step {math.floor(first_step)} at the "
-            f"largest learning rate, before the ring holds max_staleness = {max(part['max_staleness'])} versions; start at "
-            f"{max(part['learning_rates']) * max(part['max_staleness']):g} or later"
+            f"largest learning rate, before there have been {lag} updates; start at {max(part['learning_rates']) * lag:g} or "
+            "later"
+        )
+    last_step = part["time_window"][1] / min(part["learning_rates"])
+    if last_step > MAX_UPDATES:
+        raise ValueError(
+            f"config.{field}.time_window ends at eta*t = {part['time_window'][1]:g}, update {last_step:.3g} at the smallest "
+            f"learning rate; at most {MAX_UPDATES} updates are allowed"
         )
 
 
 def _check_keys(part, known, field):
     prefix = f"config.{field}." if field else "config."
+    _check_mapping(part, field)
     for key in part:
         if key not in known:
             raise ValueError(f"{prefix}{key} is not a key of this job; the keys are {', '.join(known)}")
     for key in known:
         if key not in part:
             raise ValueError(f"{prefix}{key} is missing")
+
+
+def _check_mapping(value, field):
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config.{field} is {value!r}; it must be a ConfigDict")
+
+
+def _check_window(value, field):
+    pair = tuple(value) if isinstance(value, Sequence) else ()
+    is_number = len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
+    if not is_number or not 0 <= pair[0] < pair[1] < math.inf:
+        raise ValueError(f"config.{field} is {value!r}; it must be (low, high) with 0 <= low < high")
 
 
 def _check_integer(value, field, *, minimum):

@@ -47,7 +47,18 @@ FLOORS = {
         "metrics",
         "invariants",
     },
-    "jobs": {"update", "experiment", "warm_start", "sweeps", "checkpoint", "records", "report"},
+    "jobs": {
+        "update",
+        "experiment",
+        "warm_start",
+        "sweeps",
+        "diagnostics",
+        "bias_run",
+        "bias_summary",
+        "checkpoint",
+        "records",
+        "report",
+    },
 }
 GROUND = {"types", "masked"}  # what everything else stands on: these import nothing of the package but each other
 CLONE_ONLY = {"benchmarks", "configs", "examples", "launch", "tests"}  # used from the clone; the package never imports them

@@ -133,6 +133,13 @@ def test_bfloat16_storage_rounds_once_and_reads_back_in_the_template_dtypes():
     assert not np.array_equal(behavior["table"], versions[-3]["table"])  # the values do need rounding
 
 
+def test_versions_of_uncommitted_parameters_are_free_to_move():
+    params = {"w": jnp.zeros(3)}
+    assert not create_history(params, CAPACITY).params["w"].committed
+    committed = jax.device_put(params, jax.devices()[0])
+    assert create_history(committed, CAPACITY).params["w"].committed
+
+
 def test_nbytes_counts_the_stored_versions():
     params = make_versions(1)[0]
     assert nbytes(create_history(params, CAPACITY)) == CAPACITY * (6 * 8 + 4 * 4 + 4)
@@ -242,12 +249,13 @@ SHARDED = """
                 assert leaf.sharding.is_equivalent_to(want, leaf.ndim), (k, leaf.sharding)
                 assert leaf.sharding.memory_kind == kind, (k, leaf.sharding)
 
+        kind = memory_kind or "device"
         history = create_history(version(0), 3, memory_kind=memory_kind)
-        sharded_as(history.params, memory_kind, None)
+        sharded_as(history.params, kind, None)
         donated, jit_read = jax.jit(push, donate_argnums=0), jax.jit(read)
         for t in range(5):
             history = donated(history, version(t))
-        sharded_as(history.params, memory_kind, None)
+        sharded_as(history.params, kind, None)
         shards = {s.device: s.data.nbytes for s in history.params["w"].addressable_shards}
         assert len(shards) == 8 and set(shards.values()) == {3 * 8 * 4 * 4 // 8}, shards
         behavior, realised = jit_read(history, jnp.asarray(2))
@@ -258,14 +266,14 @@ SHARDED = """
 
         history = create_history(version(1), 3, memory_kind=memory_kind)
         (history, params), seen = jax.jit(scan, donate_argnums=0)(history, version(1), jnp.full(6, 2))
-        sharded_as(history.params, memory_kind, None)
+        sharded_as(history.params, kind, None)
         theta = [1.0]
         for t in range(6):
             theta.append(theta[-1] - 0.1 * theta[t - min(2, t)])
         np.testing.assert_allclose(params["w"], np.full((8, 4), theta[-1]), rtol=1e-5)
         np.testing.assert_allclose(seen, [theta[t - min(2, t)] for t in range(6)], rtol=1e-5)
 
-    check("device", AxisType.Auto)
+    check(None, AxisType.Auto)
     check("pinned_host", AxisType.Auto)
     check("pinned_host", AxisType.Explicit)
     print("sharded")

@@ -19,20 +19,21 @@ from jax_async_grpo.types import Policy
 __all__ = ["linear", "tabular"]
 
 
-def tabular(vocab_size: int, context_length: int, *, init_scale: float = 0.0, dtype=None) -> Policy:
+def tabular(vocab_size: int, context_length: int, *, init_scale: float = 0.0, initial_logits=None, dtype=None) -> Policy:
     """A softmax policy with a free logit for every context and token: z[n, v] = table[context(n), v].
 
     Args:
       vocab_size: V.
       context_length: tokens of context, c; a missing token is a token of its own, so D = (V+1)^c contexts.
       init_scale: standard deviation of the initial logits; 0 is the uniform policy.
+      initial_logits: [V], added to the initial logits of every context; None = zeros.
       dtype: of the table; None is JAX's default float (float64 under `jax_enable_x64`).
 
     Returns:
       Policy with params {"table": [D, V]}; hidden states are the logits, which are looked up, not multiplied out.
 
     Raises:
-      ValueError: sizes below 1, D above 2^31 - 1, init_scale negative.
+      ValueError: sizes below 1, D above 2^31 - 1, init_scale negative, initial_logits that are not [V].
 
     Example:
       >>> tabular(vocab_size=4, context_length=2).init(jax.random.key(0))["table"].shape
@@ -50,9 +51,9 @@ def tabular(vocab_size: int, context_length: int, *, init_scale: float = 0.0, dt
     def apply(params, tokens, *, positions=None, segment_ids=None, attention_mask=None):
         sees = visibility(tokens, segment_ids=segment_ids, attention_mask=attention_mask)
         context = _last_tokens(tokens, positions, sees, context_length, vocab_size)
-        return params["table"][jnp.sum(context * base, axis=-1)]
+        return jnp.asarray(params["table"])[jnp.sum(context * base, axis=-1)]
 
-    return from_logits(apply, _table_init(num_contexts, vocab_size, init_scale, dtype))
+    return from_logits(apply, _table_init(num_contexts, vocab_size, init_scale, dtype, initial_logits))
 
 
 def linear(
@@ -111,11 +112,15 @@ def linear(
     return Policy(_table_init(num_features, vocab_size, init_scale, dtype), apply, lambda params: params["table"])
 
 
-def _table_init(num_rows: int, vocab_size: int, init_scale: float, dtype) -> Callable:
+def _table_init(num_rows: int, vocab_size: int, init_scale: float, dtype, initial_logits=None) -> Callable:
+    if initial_logits is not None and np.shape(initial_logits) != (vocab_size,):
+        raise ValueError(f"initial_logits has shape {np.shape(initial_logits)}; it must be [V] = ({vocab_size},)")
+
     def init(key: jax.Array) -> dict[str, jax.Array]:
         shape = (num_rows, vocab_size)
         chosen = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
-        return {"table": init_scale * jax.random.normal(key, shape, chosen) if init_scale else jnp.zeros(shape, chosen)}
+        table = init_scale * jax.random.normal(key, shape, chosen) if init_scale else jnp.zeros(shape, chosen)
+        return {"table": table if initial_logits is None else table + jnp.asarray(initial_logits, chosen)}
 
     return init
 

@@ -145,23 +145,21 @@ def _row_hidden(policy: Policy, params: Params, prompts, prompt_valid, tokens, v
     Valid tokens are moved to the front of their row. Padding then only follows them, so that a causal policy never sees it and
     needs neither positions nor segments, which makes this right for every causal model.
     """
-    num_prompt = prompts.shape[-1]
-    leading = tokens.shape[:-1]
-    rows = jnp.concatenate([_per_row(prompts, leading), tokens], axis=-1)
-    if prompt_valid is None and valid is None:
-        hidden = _apply_causal(policy, params, rows)
-        return hidden[..., num_prompt - 1 :, :]
-    prompt_valid = jnp.ones(prompts.shape, bool) if prompt_valid is None else prompt_valid
-    valid = jnp.ones(tokens.shape, bool) if valid is None else jnp.broadcast_to(valid, tokens.shape)
-    valid = jnp.concatenate([_per_row(prompt_valid, leading), valid], axis=-1)
-    order = jnp.argsort(~valid, axis=-1, stable=True)
-    hidden = _apply_causal(policy, params, jnp.take_along_axis(jnp.where(valid, rows, 0), order, axis=-1))
-    last = jnp.maximum(jnp.cumsum(valid, axis=-1)[..., num_prompt - 1 :] - 1, 0)
+    num_prompt, leading = prompts.shape[-1], tokens.shape[:-1]
+    prompt_valid = np.ones(prompts.shape, bool) if prompt_valid is None else prompt_valid
+    valid = np.ones(tokens.shape, bool) if valid is None else valid
+    host = isinstance(prompt_valid, np.ndarray) and isinstance(valid, np.ndarray)
+    xp = np if host else jnp  # known masks are sorted here, or XLA would do it, slowly, while it compiles
+    in_prompt = xp.broadcast_to(prompt_valid[:, None], (*leading, num_prompt))
+    valid = xp.concatenate([in_prompt, xp.broadcast_to(valid, tokens.shape)], axis=-1)
+    rows = jnp.concatenate([jnp.broadcast_to(jnp.asarray(prompts)[:, None], in_prompt.shape), tokens], axis=-1)
+    rows = jnp.where(valid, rows, 0)
+    if host and not (valid[..., 1:] & ~valid[..., :-1]).any():  # in order already
+        return _apply_causal(policy, params, rows)[..., num_prompt - 1 :, :]
+    order = xp.argsort(~valid, axis=-1, stable=True)
+    last = xp.maximum(xp.cumsum(valid, axis=-1)[..., num_prompt - 1 :] - 1, 0)
+    hidden = _apply_causal(policy, params, jnp.take_along_axis(rows, order, axis=-1))
     return jnp.take_along_axis(hidden, last[..., None], axis=-2)
-
-
-def _per_row(prompts, leading: tuple[int, int]) -> jax.Array:
-    return jnp.broadcast_to(jnp.asarray(prompts)[:, None], (*leading, prompts.shape[-1]))
 
 
 def _apply_causal(policy: Policy, params: Params, rows: jax.Array) -> jax.Array:
