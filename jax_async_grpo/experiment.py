@@ -338,21 +338,21 @@ def build_case(config: Mapping[str, Any], name: str, *, start: bool = True) -> C
     )
 
 
-def check_algorithm(algorithm: Algorithm, name: str) -> None:
+def check_algorithm(config: Mapping[str, Any]) -> None:
     """Tries the loss and the advantage on four completions of two tokens, before a run depends on them.
-
-    Args:
-      algorithm: of `build_algorithm`.
-      name: what the config calls the loss.
 
     Raises:
       ValueError: naming the field; they couple rows, so that the oracle is not exact, or the loss has no first-order law.
     """
+    algorithm = build_algorithm(config)
+    group_size = min(algorithm.group_size, 4)  # what is looked for does not depend on it, the cost does
+    options = algorithm.arguments() | dict(group_size=group_size, max_compositions=group_size, aggregation_fn=sequence_mean)
 
     def gradient(learner_logits, behavior_logits):
         def objective(logits):
-            options = algorithm.arguments() | {"max_compositions": algorithm.group_size, "aggregation_fn": sequence_mean}
-            return exact.surrogate_objective(_two_tokens(logits), _two_tokens(behavior_logits), [[1.0, 0.0, 0.0, 1.0]], **options)
+            return exact.surrogate_objective(
+                _two_tokens(logits), _two_tokens(behavior_logits), [[1.0, 0.0, 0.0, 1.0]], **options
+            )
 
         return jax.grad(objective)(learner_logits)
 
@@ -360,31 +360,38 @@ def check_algorithm(algorithm: Algorithm, name: str) -> None:
     try:
         bias.check_first_order(gradient, logits, direction)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"config.loss is {name!r}, but {_first_line(error)}") from None
+        raise ValueError(_refusal(config, error)) from None
+
+
+def check_case(config: Mapping[str, Any], case: Case) -> None:
+    """Traces a case on shapes alone, so that what the oracle or the optimizer refuses is refused before anything runs.
+
+    Raises:
+      ValueError: naming the field.
+    """
+    params = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), case.params))
+    try:
+        jax.eval_shape(lambda p: case.optimizer_fn(0.1).init(p), params)
+    except (AttributeError, TypeError, ValueError) as error:
+        field = f"config.cases.{case.name}.optimizer"
+        raise ValueError(f"{field} ({case.config['optimizer']}) cannot be used: {_first_line(error)}") from None
+    try:
+        jax.eval_shape(case.gradient, params, params)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{_refusal(config, error)} (config.cases.{case.name})") from None
+
+
+def _refusal(config, error) -> str:
+    """The oracle's complaint, with the field it is about."""
+    message = _first_line(error)
+    key = next((key for key in ("advantage", "aggregation") if message.startswith(f"{key}_fn")), "loss")
+    return f"config.{key} is {config[key]!r}: {message}"
 
 
 def _two_tokens(logits):
     """[1, 4, 2] log-probs of two binary tokens from [3, 2] logits: of the first, and of the second after either."""
     first, after_0, after_1 = jax.nn.log_softmax(logits)
     return jnp.stack([jnp.repeat(first, 2), jnp.concatenate([after_0, after_1])], axis=-1)[None]
-
-
-def check_case(case: Case) -> None:
-    """Traces the case's gradient and optimizer on shapes alone, so that what cannot run is refused before anything does.
-
-    Raises:
-      ValueError: naming the field; the oracle refuses the loss, advantage or aggregation, or the optimizer its options.
-    """
-    params = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), case.params))
-    for what, trial in (
-        ("optimizer", lambda: jax.eval_shape(lambda p: case.optimizer_fn(0.1).init(p), params)),
-        ("loss, advantage or aggregation", lambda: jax.eval_shape(case.gradient, params, params)),
-    ):
-        try:
-            trial()
-        except (AttributeError, TypeError, ValueError) as error:
-            where = f"config.cases.{case.name}.{what}" if what in _CASE_KEYS else f"config.cases.{case.name} with this {what}"
-            raise ValueError(f"{where} cannot run: {_first_line(error)}") from None
 
 
 def chunks(config: Mapping[str, Any]) -> list[Chunk]:
