@@ -35,7 +35,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.cases = ml_collections.ConfigDict()
     config.cases.tabular = _case(**_TABULAR, updates=("exact", "sampled"))
     config.cases.tabular_adam = _case(**_TABULAR, **_ADAM)
-    config.cases.linear = _case(**_LINEAR, updates=("exact", "sampled"))
+    config.cases.linear = _case(**_LINEAR)
+    config.cases.linear_sampled = _case(**_LINEAR, updates=("sampled",), schedules=("fixed",), first_order=False)
     config.cases.linear_adam = _case(**_LINEAR, **_ADAM)
     config.cases.proxy_gold = _case(
         policy="jax_async_grpo.policies.tabular",
@@ -43,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
         task="jax_async_grpo.tasks.proxy_gold_bandit",
         learning_rates=(0.005, 0.01, 0.02, 0.04),
         time_window=(2.0, 4.0),  # while the gold reward still rises
+        first_order=False,
         horizon_learning_rate=0.1,
         horizon_updates=4000,
     )
@@ -75,13 +77,14 @@ def _case(**changes) -> ml_collections.ConfigDict:
         updates=("exact",),  # what the learner follows: "exact", "sampled"; the bias is exact either way
         schedules=("fixed", "periodic", "random"),
         max_staleness=(0, 1, 2, 4, 8, 16, 32),  # S, learner updates
-        learning_rates=(0.005, 0.01, 0.02, 0.04, 0.08, 0.16),  # η
+        learning_rates=(0.01, 0.02, 0.04, 0.08, 0.16),  # η
         time_window=(6.0, 12.0),  # η·t between which the bias is measured
         num_measurements=48,  # steps measured in that window, one in each of as many strata
         num_seeds=10,  # of sampled updates
         fit_variable="staleness_x_learning_rate",  # or "drift": what `exponent` belongs to
         fit_window=(0.0, 0.2),  # S_rms·η of the cells that enter a fit
         vectorize=True,  # run the cells of a chunk side by side; False is better for transformers on a CPU
+        first_order=True,  # also the first-order law and the parts of the bias by role, at one (θ, φ)
         horizon_learning_rate=0.0,  # a run without lag that looks for R_crit
         horizon_updates=0,  # 0 = R_crit is not measured
     )
@@ -109,7 +112,8 @@ _LINEAR = dict(
 )
 _ADAM = dict(
     optimizer="optax.adam",
-    learning_rates=(1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    learning_rates=(2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     time_window=(0.2, 0.4),
     fit_window=(0.0, 0.005),
+    first_order=False,  # the same H as with plain gradient steps
 )

@@ -230,11 +230,12 @@ def _diagnose(config, case: Case, chunk: Chunk, index: int, measured: sweeps.Cel
         "step": int(chunk.measure_steps[-1]),
         "drift": float(optax.tree.norm(optax.tree.sub(learner, behavior))),
     }
-    violations = diagnostics.invariant_violations(case, learner, behavior)
-    invariants.check(violations, row["step"], invariants.default_tolerances(np.float64))
-    if realised:
+    if realised and case.config["first_order"]:
+        violations = diagnostics.invariant_violations(case, learner)
+        invariants.check(violations, row["step"], invariants.default_tolerances(np.float64))
         row["linear_response"] = diagnostics.linear_response(case, learner, behavior, realised * chunk.learning_rate)
         row["decomposition"] = diagnostics.decomposition(case, learner, behavior)
+    if realised:
         radius = diagnostics.batch_clip_radius(
             case, learner, behavior, level=config["clip_level"], epsilons=tuple(config["clip_epsilons"])
         )

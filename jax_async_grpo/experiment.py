@@ -79,6 +79,7 @@ _CASE_KEYS = (
     "fit_variable",
     "fit_window",
     "vectorize",
+    "first_order",
     "horizon_learning_rate",
     "horizon_updates",
 )
@@ -242,7 +243,7 @@ def validate(config: Mapping[str, Any]) -> None:
     _check_keys(config, _TOP_KEYS, "")
     _check_integer(config["seed"], "seed", minimum=0)
     _check_integer(config["max_compositions"], "max_compositions", minimum=1)
-    _check_integer(config["num_bootstrap"], "num_bootstrap", minimum=1)
+    _check_integer(config["num_bootstrap"], "num_bootstrap", minimum=100)
     _check_integer(config["group_size"], "group_size", minimum=1)
     for key in ("confidence", "clip_level", "collapse_fraction"):
         _check_number(config[key], key, lambda x: 0 < x < 1, "between 0 and 1")
@@ -345,6 +346,12 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
       ValueError: naming the field; they couple rows, so that the oracle is not exact, or the loss has no first-order law.
     """
     algorithm = build_algorithm(config)
+    best_of_group = np.arange(algorithm.group_size) == 0
+    if not np.asarray(algorithm.advantage_fn(jnp.asarray(best_of_group, float))).any():
+        raise ValueError(
+            f"config.advantage is {config['advantage']!r}: at group_size {algorithm.group_size} every advantage is 0; raise "
+            "group_size or take an advantage without the mean of the group"
+        )
     group_size = min(algorithm.group_size, 4)  # what is looked for does not depend on it, the cost does
     options = algorithm.arguments() | dict(group_size=group_size, max_compositions=group_size, aggregation_fn=sequence_mean)
 
@@ -364,11 +371,16 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
 
 
 def check_case(config: Mapping[str, Any], case: Case) -> None:
-    """Traces a case on shapes alone, so that what the oracle or the optimizer refuses is refused before anything runs.
+    """Tries a case on shapes alone, so that what the oracle or the optimizer refuses is refused before anything runs.
 
     Raises:
       ValueError: naming the field.
     """
+    if (case.task.rewards == case.task.rewards[:, :1]).all():
+        raise ValueError(
+            f"config.cases.{case.name}.task ({case.config['task']}) gives all completions of a prompt the same reward; "
+            "there is nothing to learn, so nothing goes stale"
+        )
     params = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), case.params))
     try:
         jax.eval_shape(lambda p: case.optimizer_fn(0.1).init(p), params)

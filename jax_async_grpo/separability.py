@@ -63,15 +63,15 @@ def _remembered(probe, function, *key):
 def _probe_loss(loss_fn, length: int, loss_inputs: tuple[str, ...]):
     rng = np.random.default_rng(0)
     mask = np.arange(length) < rng.integers(1, length + 1, size=(_NUM_ROWS, 1))
+    compiled = jax.jit(loss_fn)  # two shapes; op by op it would be dozens of compilations
     # small and large ratios: a batch statistic may couple rows only once it passes a threshold
     for spread in (0.05, 1.0):
         learner, old, *extra = -1.0 + spread * rng.standard_normal((2 + len(loss_inputs), _NUM_ROWS, length))
         advantages = rng.standard_normal(_NUM_ROWS)
 
         def run(rows, learner=learner, old=old, advantages=advantages, extra=extra):
-            inputs = {name: jnp.asarray(x[rows]) for name, x in zip(loss_inputs, extra, strict=True)}
-            arrays = (jnp.asarray(x[rows]) for x in (learner, old, advantages, mask))
-            return np.asarray(loss_fn(*arrays, **inputs))
+            inputs = {name: x[rows] for name, x in zip(loss_inputs, extra, strict=True)}
+            return np.asarray(compiled(learner[rows], old[rows], advantages[rows], mask[rows], **inputs))
 
         together = run(slice(None))
         apart = np.concatenate([run(slice(i, i + 1)) for i in range(_NUM_ROWS)])
@@ -88,10 +88,11 @@ def _probe_advantage(advantage_fn, levels: tuple[float, ...], group_size: int):
     values = np.array(levels) if len(levels) > 1 else np.array([levels[0], levels[0] + 1.0])
     groups = values[rng.integers(len(values), size=(_NUM_ROWS, group_size))]
     groups[0], groups[1, 0] = values[0], values[-1]
-    together = np.asarray(advantage_fn(jnp.asarray(groups)))
+    compiled = jax.jit(advantage_fn)
+    together = np.asarray(compiled(groups))
     if together.shape != groups.shape:
         raise ValueError(f"advantage_fn maps rewards of shape {groups.shape} to {together.shape}; the shapes must agree")
-    apart = np.concatenate([np.asarray(advantage_fn(jnp.asarray(group[None]))) for group in groups])
+    apart = np.concatenate([np.asarray(compiled(group[None])) for group in groups])
     if not _close(together, apart):
         raise ValueError(
             f"advantage_fn {_name(advantage_fn)} couples groups: the advantages of a group change with the groups "
@@ -99,7 +100,7 @@ def _probe_advantage(advantage_fn, levels: tuple[float, ...], group_size: int):
         )
     order = rng.permutation(group_size)
     for shuffle in (order, np.roll(np.arange(group_size), 1)):
-        if not _close(np.asarray(advantage_fn(jnp.asarray(groups[:, shuffle]))), together[:, shuffle]):
+        if not _close(np.asarray(compiled(groups[:, shuffle])), together[:, shuffle]):
             raise ValueError(
                 f"advantage_fn {_name(advantage_fn)} does not treat the members of a group alike: permuted rewards do not give "
                 "permuted advantages, so counts of rewards do not determine it"
@@ -111,9 +112,9 @@ def _probe_aggregation(aggregation_fn, mask_bytes: bytes, shape: tuple[int, int]
     # at least two copies of a row, so that a sum over rows does not pass for a mean over one
     mask = np.concatenate([mask, mask])
     values = np.random.default_rng(0).standard_normal(mask.shape)
-    together = float(aggregation_fn(jnp.asarray(values), jnp.asarray(mask)).mean())
-    rows = zip(jnp.asarray(values)[:, None], jnp.asarray(mask)[:, None], strict=True)
-    apart = [float(aggregation_fn(value, valid).mean()) for value, valid in rows]
+    compiled = jax.jit(lambda values, mask: aggregation_fn(values, mask).mean())
+    together = float(compiled(values, mask))
+    apart = [float(compiled(value[None], valid[None])) for value, valid in zip(values, mask, strict=True)]
     if not _close(together, np.mean(apart)):
         raise ValueError(
             f"aggregation_fn {_name(aggregation_fn)} couples rows of these masks: the aggregate of several rows is not "
