@@ -31,7 +31,7 @@ _MEASURED = (
     "bias/cosine",
     "grad/norm",
     "drift/from_behavior",
-    "drift/param_norm",
+    "drift/cumulative",
     "staleness/configured",
     "staleness/realised",
 )

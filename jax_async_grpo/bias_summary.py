@@ -156,6 +156,7 @@ def _cell(key, steps: Sequence[Row], msd: Sequence[float], config) -> dict[str, 
         "bias_rms": rms("bias/norm"),
         "relative_bias_rms": rms("bias/relative_norm"),
         "drift_rms": rms("drift/from_behavior"),
+        "lags": [row["staleness/realised"] for row in steps],
         "reward_last": steps[-1]["reward"],
         "msd": list(msd),
         "in_window": bool(
@@ -182,10 +183,8 @@ def _predictions(chosen: Sequence[Row], cell_rows: Sequence[Row], response: Row 
 
 
 def _rms_over_lags(curve: Sequence[float], cell: Row) -> float:
-    """√ of the curve's mean over the lags a schedule visits: S alone when fixed, 0..S evenly otherwise."""
-    max_staleness = cell["max_staleness"]
-    lags = [max_staleness] if cell["schedule"] == "fixed" else range(max_staleness + 1)
-    return math.sqrt(np.mean([curve[lag] for lag in lags]))
+    """√ of the curve's mean over the lags the cell had at its measured steps."""
+    return math.sqrt(np.mean([curve[lag] for lag in cell["lags"]]))
 
 
 def _fit(chosen: Sequence[Row], schedule: str, predictions: Mapping[str, np.ndarray], config) -> dict[str, Any] | None:

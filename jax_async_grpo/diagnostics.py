@@ -139,7 +139,7 @@ def collapse_radius(case: Case, *, fraction: float) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(0), 1)  # exact updates draw nothing
     measured = run(case.params, case.config["horizon_learning_rate"], schedule, keys, steps)
     gold = np.asarray(measured.reward["gold_reward"])[0]
-    drift = np.asarray(measured.values["drift/param_norm"])[0]
+    drift = np.asarray(measured.values["drift/cumulative"])[0]
     peak = np.maximum.accumulate(gold)
     fallen = (gold < fraction * peak) & (peak > gold[0])
     first = int(np.argmax(fallen)) if fallen.any() else None

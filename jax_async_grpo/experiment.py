@@ -343,7 +343,8 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
     """Tries the loss and the advantage on four completions of two tokens, before a run depends on them.
 
     Raises:
-      ValueError: naming the field; they couple rows, so that the oracle is not exact, or the loss has no first-order law.
+      ValueError: naming the field; they couple rows, so that the oracle is not exact, or the loss has no first-order law and
+        a case asks for it.
     """
     algorithm = build_algorithm(config)
     best_of_group = np.arange(algorithm.group_size) == 0
@@ -352,6 +353,8 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
             f"config.advantage is {config['advantage']!r}: at group_size {algorithm.group_size} every advantage is 0; raise "
             "group_size or take an advantage without the mean of the group"
         )
+    if not any(case["first_order"] for case in config["cases"].values()):
+        return
     group_size = min(algorithm.group_size, 4)  # what is looked for does not depend on it, the cost does
     options = algorithm.arguments() | dict(group_size=group_size, max_compositions=group_size, aggregation_fn=sequence_mean)
 
@@ -366,6 +369,8 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
     logits, direction = jnp.array([[0.3, 0.0], [-0.2, 0.4], [0.1, 0.5]]), jnp.array([[0.5, 0.2], [0.1, -0.7], [-0.3, 0.4]])
     try:
         bias.check_first_order(gradient, logits, direction)
+    except bias.FirstOrderError as error:
+        raise ValueError(f"{_refusal(config, error)}; or measure its bias alone, with first_order=False in all cases") from None
     except (TypeError, ValueError) as error:
         raise ValueError(_refusal(config, error)) from None
 
@@ -460,7 +465,7 @@ def _call(part, key, field, kind, *arguments):
     factory = resolve(part[key], f"{field}.{key}")
     try:
         made = factory(*arguments, **dict(part[f"{key}_options"]))
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f"config.{field}.{key} ({part[key]}): {_first_line(error)}") from None
     if not isinstance(made, kind):
         raise ValueError(f"config.{field}.{key} ({part[key]}) returns a {type(made).__name__}; it must be a {kind.__name__}")
@@ -496,8 +501,9 @@ def _validate_case(part, field):
     for key in part["warm_start"]:
         if key not in options:
             raise ValueError(f"config.{field}.warm_start.{key} is not an option; the options are {', '.join([*options][3:])}")
-    if not isinstance(part["vectorize"], bool):
-        raise ValueError(f"config.{field}.vectorize is {part['vectorize']!r}; it must be True or False")
+    for key in ("vectorize", "first_order"):
+        if not isinstance(part[key], bool):
+            raise ValueError(f"config.{field}.{key} is {part[key]!r}; it must be True or False")
     _check_integer(part["num_measurements"], f"{field}.num_measurements", minimum=2)
     _check_integer(part["num_seeds"], f"{field}.num_seeds", minimum=1)
     _check_integer(part["horizon_updates"], f"{field}.horizon_updates", minimum=0)

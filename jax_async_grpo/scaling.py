@@ -111,7 +111,7 @@ def fit_power_law(
 ) -> PowerLawFit:
     """Fits log y = log c + Σ_j a_j log x_j by least squares, with bootstrap intervals for the exponents a_j.
 
-    The law of the staleness bias is ‖δ‖ ≤ C·‖θ−φ‖ ≤ C·S·η·G_upd (arXiv 2607.01083, equation (6) of PAPER section 1). Its two
+    The law of the staleness bias is ‖δ‖ ≤ C·‖θ−φ‖ ≤ C·S·η·G_upd (arXiv 2607.01083; equation (6) of the README). Its two
     exponents, in S and in η, are fitted separately (k = 2) because diffusive drift splits them.
 
     The bootstrap resamples whole `groups`, all points of a group together, because points that share a seed share its error;
@@ -197,7 +197,7 @@ def bootstrap_difference(first: PowerLawFit, second: PowerLawFit, *, confidence:
 def msd_exponent(lags, msd, **fit_arguments: Any) -> PowerLawFit:
     """γ of MSD(s) = E‖θ_t − θ_{t−s}‖² ∝ s^γ over lags s ≥ 1: 2 is ballistic drift, 1 diffusive.
 
-    If ‖δ‖ ∝ √MSD (PAPER section 1 (6)), the bias grows as S^{γ/2}. The errors at the lags of one run are correlated: without
+    If ‖δ‖ ∝ √MSD (README, equation (6)), the bias grows as S^{γ/2}. The errors at the lags of one run are correlated: without
     `groups` (one label a run, several runs stacked) the interval tells how straight the curve is, not how certain γ is.
 
     Args:
@@ -234,7 +234,7 @@ def batch_clip_radius(
 ) -> float:
     """R_batch: the smallest ‖θ−φ‖ along the realised drift direction at which the clipped fraction reaches `level`.
 
-        R_batch = inf { r > 0 : clip_fraction(φ + r·(θ−φ)/‖θ−φ‖) ≥ level }        (arXiv 2607.01083; PAPER section 1 (7))
+        R_batch = inf { r > 0 : clip_fraction(φ + r·(θ−φ)/‖θ−φ‖) ≥ level }        (arXiv 2607.01083; README, equation (7))
 
     The fraction of enumerated tokens is a step function of r, and not monotone: a ratio may leave the clip range and come back.
     So no root finding, but a log-spaced scan from `min_radius` to `max_radius`, and then the same number of evenly spaced
@@ -321,7 +321,7 @@ def max_stable_learning_rate(
     critical_drift_radius: float = math.inf,
     drift_per_learning_rate: float | None = None,
 ) -> StabilityLimit:
-    """The two-constraint rule (arXiv 2607.01083; PAPER section 1 (7)).
+    """The two-constraint rule (arXiv 2607.01083; README, equation (7)).
 
         η ≪ min { R_batch/(S·G_upd), R_crit/(T·G_upd) }
 
@@ -387,7 +387,7 @@ def staleness_budget_line(limit: StabilityLimit, learning_rate: float) -> str:
     if limit.regime == "unbounded":
         return ", ".join([*parts, "eta_max unbounded"])
     ballistic = ""
-    if limit.ballistic_staleness_limit != limit.staleness_limit:
+    if limit.regime == "staleness-limited" and limit.ballistic_staleness_limit != limit.staleness_limit:
         ballistic = f"; {_short(limit.ballistic_staleness_limit)} if drift were ballistic"
     parts += [f"eta_max={_short(limit.max_learning_rate)} ({limit.regime}{ballistic})", f"headroom {_short(headroom)}x"]
     return ", ".join(parts) + (" (exceeded)" if headroom < 1 else "")

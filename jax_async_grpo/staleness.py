@@ -111,7 +111,7 @@ def push(history: ParamHistory, params: Params) -> ParamHistory:
 
 
 def read(history: ParamHistory, staleness: int | jax.Array) -> tuple[Params, jax.Array]:
-    """The behavior parameters φ_t = θ_{t−min(s,t)} at the step t of the latest push (arXiv 2607.01083, section 2).
+    """The behavior parameters φ_t = θ_{t−min(s,t)} at the step t of the latest push (arXiv 2607.01083).
 
     Args:
       history: with at least one push.
@@ -145,7 +145,7 @@ def nbytes(history: ParamHistory) -> int:
 
 
 def fixed(max_staleness: int, num_updates: int) -> np.ndarray:
-    """s_t = S for every t (arXiv 2607.01083, section 2): a constant lag.
+    """s_t = S for every t (arXiv 2607.01083): a constant lag.
 
     Args:
       max_staleness: S ≥ 0, learner updates.
@@ -162,7 +162,7 @@ def fixed(max_staleness: int, num_updates: int) -> np.ndarray:
 
 
 def periodic(max_staleness: int, num_updates: int) -> np.ndarray:
-    """s_t = t mod (S+1): weights synchronised every S+1 updates, the paper's cycle (arXiv 2607.01083, section 2).
+    """s_t = t mod (S+1): weights synchronised every S+1 updates, the paper's cycle (arXiv 2607.01083).
 
     Arguments, shape and errors as in `fixed`. Over whole cycles the rms is √(S(2S+1)/6).
 
@@ -174,7 +174,7 @@ def periodic(max_staleness: int, num_updates: int) -> np.ndarray:
 
 
 def random(seed: int | jax.Array, max_staleness: int, num_updates: int) -> np.ndarray:
-    """s_t uniform on 0..S, independent over t (arXiv 2607.01083, section 2), drawn on the host with NumPy.
+    """s_t uniform on 0..S, independent over t (arXiv 2607.01083), drawn on the host with NumPy.
 
     A longer schedule of the same seed begins with the shorter one. The expected s² is S(2S+1)/6, as for `periodic`.
 

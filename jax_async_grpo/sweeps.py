@@ -25,7 +25,7 @@ class CellMeasurements(NamedTuple):
 
     Attributes:
       values: {name: [N, M]}, named as in the records: `bias/norm`, `bias/relative_norm`, `bias/cosine`, `grad/norm`,
-        `drift/from_behavior`, `drift/param_norm` (‖θ_t − θ_0‖), `staleness/configured`, `staleness/realised`.
+        `drift/from_behavior`, `drift/cumulative` (‖θ_t − θ_0‖), `staleness/configured`, `staleness/realised`.
       reward: {name: [N, M]}, from `reward_fn`.
       msd: [N, M, K], ‖θ_t − θ_{t−s}‖² for s = 0..K−1.
       violations: {invariant: [N, M]}.
@@ -145,7 +145,7 @@ def _trajectory(params, learning_rate, staleness_at, key, measure_steps, update_
         return update_step(state, staleness_at(step), lambda *arguments: update_gradient_fn(key, *arguments), optimizer)[0]
 
     def visit(state, target):
-        state = jax.lax.fori_loop(state.step, target, advance, state)
+        state = jax.lax.fori_loop(state.step, target.astype(state.step.dtype), advance, state)
         return state, measure(state, staleness_at(target))
 
     return jax.lax.scan(visit, create_state(params, optimizer, capacity), measure_steps)
@@ -162,7 +162,7 @@ def _measure(state, configured, start_params, gradient_fn, reward_fn):
         "bias/cosine": measured.cosine,
         "grad/norm": optax.tree.norm(measured.stale_gradient),
         "drift/from_behavior": drift,
-        "drift/param_norm": optax.tree.norm(optax.tree.sub(state.params, start_params)),
+        "drift/cumulative": optax.tree.norm(optax.tree.sub(state.params, start_params)),
         "staleness/configured": configured,
         "staleness/realised": realised,
     }
