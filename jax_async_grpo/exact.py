@@ -131,7 +131,8 @@ def brute_force_objective(
     """The same L(θ,φ) as a sum over all Y^G groups: the check of `surrogate_objective`, and the oracle of coupled functions.
 
     Without separate roles the rows of a group are aggregated together, so functions that couple the rows *of a group* are
-    right here; one that couples groups (a batch statistic) sees one group at a time and is not. With `sampling_logprobs` or `statistics_logprobs` each member in turn is the own completion:
+    right here; one that couples groups (a batch statistic) sees one group at a time and is not. With
+    `sampling_logprobs` or `statistics_logprobs` each member in turn is the own completion:
     (1/G) Σ_i π_samp(y_i) Π_{j≠i} π_stat(y_j) · agg(row i). Arguments and result as in `surrogate_objective`.
 
     Raises:
