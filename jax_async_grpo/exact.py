@@ -99,10 +99,10 @@ def surrogate_objective(
         loss_inputs,
     )
     mask = _full_mask(mask, jnp.shape(learner_logprobs))
-    _check_normalized(jnp.exp(masked_sum(learner_logprobs, mask, axis=-1)))
     level_index, levels = compositions.reward_level_index(rewards, reward_levels, jnp.shape(learner_logprobs)[:2])
     counts = compositions.enumerate_compositions(len(levels), group_size, max_compositions)
     check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_size, tuple(inputs))
+    _check_normalized(jnp.exp(masked_sum(learner_logprobs, mask, axis=-1)))
 
     advantages = compositions.advantage_table(advantage_fn, levels, counts)[level_index]  # [B, Y, C]
     terms = _row_terms(learner_logprobs, denominator, advantages, mask, inputs, loss_fn, aggregation_fn)

@@ -355,14 +355,13 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
         )
     if not any(case["first_order"] for case in config["cases"].values()):
         return
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0]])
     group_size = min(algorithm.group_size, 4)  # what is looked for does not depend on it, the cost does
     options = algorithm.arguments() | dict(group_size=group_size, max_compositions=group_size, aggregation_fn=sequence_mean)
 
     def gradient(learner_logits, behavior_logits):
         def objective(logits):
-            return exact.surrogate_objective(
-                _two_tokens(logits), _two_tokens(behavior_logits), [[1.0, 0.0, 0.0, 1.0]], **options
-            )
+            return exact.surrogate_objective(_two_tokens(logits), _two_tokens(behavior_logits), rewards, **options)
 
         return jax.grad(objective)(learner_logits)
 

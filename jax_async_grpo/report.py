@@ -226,14 +226,9 @@ def _panels(rows: Sequence[Row], fits: Sequence[Fit], y_key: str) -> list[_Panel
 
 
 def _panel_lines(panels: Sequence[_Panel]) -> list[Sequence[_Panel]]:
-    """The panels in lines of at most three; policies side by side, what differs otherwise (exact, sampled) on other lines."""
-    if len(panels) <= _MAX_COLUMNS:
-        return [panels]
-    lines = []
-    for setting in dict.fromkeys(panel.name[1:] for panel in panels):
-        own = [panel for panel in panels if panel.name[1:] == setting]
-        lines += [own[start : start + _MAX_COLUMNS] for start in range(0, len(own), _MAX_COLUMNS)]
-    return lines
+    """The panels in lines of at most three, exact updates before sampled ones."""
+    ordered = sorted(panels, key=lambda panel: panel.name[_PANEL_KEYS.index("updates")])
+    return [ordered[start : start + _MAX_COLUMNS] for start in range(0, len(ordered), _MAX_COLUMNS)]
 
 
 def _panel_title(panel: _Panel, panels: Sequence[_Panel]) -> str:

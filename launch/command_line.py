@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable
+from typing import Any
 
-from absl import app, logging
+from absl import app, flags, logging
+from ml_collections import ConfigDict
 
-__all__ = ["run"]
+__all__ = ["check_interrupt", "read_config", "run"]
+
+_interrupted = threading.Event()
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main` and exits with what it returns.
 
-    A ValueError is the user's to mend, so its one line is the whole message, and `--verbosity=1` adds the traceback; anything
-    else is ours and keeps it.
+    A ValueError is the user's to mend, and so is an OSError (a full disk), so its one line is the whole message, and
+    `--verbosity=1` adds the traceback; anything else is ours and keeps it. Ctrl-C ends with code 130.
     """
 
     def parse(arguments: list[str]) -> list[str]:
         try:
-            return app.parse_flags_with_usage(arguments)
-        except (AttributeError, ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
-            _say(f"{type(error).__name__}: {error}")
-            sys.exit(2)
+            return flags.FLAGS(arguments)
+        except flags.Error as error:
+            _say(f"{_last_line(error)}; --help lists the flags")
+        except Exception as error:  # a config file is a program: anything can go wrong in it
+            override = _override_with(_text(error).split("\n")[0].strip("\"'"), arguments)
+            _say(f"{override or 'the config file'}: {type(error).__name__}: {_last_line(error)}{_place(error)}")
+        sys.exit(2)
 
     def call(arguments: list[str]) -> int | None:
         if len(arguments) > 1:
@@ -30,14 +40,76 @@ def run(main: Callable[[], int | None]) -> None:
             return 2
         try:
             return main()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if logging.level_debug():
                 raise
             _say(str(error))
             return 2
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            return 130
 
-    app.run(call, flags_parser=parse)
+    def interrupt(number, frame):
+        _interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    _interrupted.clear()
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        app.run(call, flags_parser=parse)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def check_interrupt() -> None:
+    """Raises the KeyboardInterrupt of a Ctrl-C that was lost; to be called between the pieces of long work.
+
+    While jax traces and compiles, Python often runs jax's garbage collection callback, and what is raised there is ignored.
+    """
+    if _interrupted.is_set():
+        _interrupted.clear()
+        raise KeyboardInterrupt
+
+
+def read_config(flag: flags.FlagHolder) -> dict[str, Any]:
+    """The config file of a `DEFINE_config_file` flag with its overrides, as plain dicts.
+
+    Raises:
+      ValueError: no such file, or it gives no ConfigDict.
+    """
+    path = flags.FLAGS[flag.name].config_filename
+    if not isinstance(flag.value, ConfigDict):
+        try:
+            flag.value.to_dict()  # what could not be read says so only when it is used
+        except OSError as error:
+            raise ValueError(f"--{flag.name}={path} cannot be read: {_last_line(error)}") from None
+        except AttributeError:
+            pass
+        kind = type(flag.value).__name__
+        raise ValueError(f"--{flag.name}={path}: get_config() returns {kind}; it must return an ml_collections.ConfigDict")
+    return flag.value.to_dict()
 
 
 def _say(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _text(error: BaseException) -> str:
+    return str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)  # str(KeyError) is a repr
+
+
+def _last_line(error: BaseException) -> str:
+    """Of a message that may hold a whole traceback."""
+    return _text(error).strip().split("\n")[-1].strip()
+
+
+def _override_with(key: str, arguments: list[str]) -> str | None:
+    """The argument --config.a.b=v that a complaint about a missing key `a` or `b` is about."""
+    return next((argument for argument in arguments if key in argument.partition("=")[0].split(".")[1:]), None)
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's own files it was raised, if there."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "site-packages" not in frame.filename]
+    frames = [frame for frame in frames if not frame.filename.startswith("<") and frame.filename != __file__]
+    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""

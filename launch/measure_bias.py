@@ -16,7 +16,10 @@ from tqdm import tqdm
 from jax_async_grpo import bias_run, bias_summary, experiment, records, report
 from launch import command_line
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/measure_bias.py.")
+# Keys the config lacks pass here, so that the job's own check can name them and say which there are.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, such as configs/measure_bias.py.", lock_config=False, accept_new_attributes=True
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for config.json, metrics.jsonl, summary.json and bias.png.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, measure nothing.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh in a workdir that holds another run; other files stay.")
@@ -26,12 +29,16 @@ def main() -> int:
     # The laws are measured in float64, which accelerators lack or emulate slowly.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
-    if _CONFIG.value is None or (_WORKDIR.value is None and not _DRY_RUN.value):
+    if not _CONFIG.present or not (_WORKDIR.value or _DRY_RUN.value):
         raise ValueError("give --config=configs/measure_bias.py and --workdir=DIR (or --dry_run)")
-    config = _CONFIG.value.to_dict()
+    config = command_line.read_config(_CONFIG)
     experiment.validate(config)
+    experiment.check_algorithm(config)
+    cases = [experiment.build_case(config, name, start=False) for name in config["cases"]]
+    for case in cases:
+        experiment.check_case(config, case)
     if _DRY_RUN.value:
-        print(experiment.describe(config, [experiment.build_case(config, name) for name in config["cases"]]))
+        print(experiment.describe(config, cases))
         return 0
     workdir = records.open_workdir(_WORKDIR.value, config, overwrite=_OVERWRITE.value, figures=("bias.png",))
     interrupted = False
@@ -42,6 +49,7 @@ def main() -> int:
             bar.update()
             if bar.disable:
                 print(f"{chunk.name}: {f'{seconds:.1f} s' if seconds else 'recorded before'}", flush=True)
+            command_line.check_interrupt()
 
         try:
             bias_run.run_chunks(config, workdir, on_progress)
@@ -60,9 +68,11 @@ def _report(config: dict, workdir: records.Workdir) -> None:
     print(report.fits_table(result["fits"], width=shutil.get_terminal_size((100, 24)).columns))
     print(bias_summary.text_report(result))
     cells = bias_summary.cells(rows, config)
+    written = [workdir.path / "summary.json"]
     if any(cell["bias_rms"] > 0 for cell in cells):
-        report.bias_figure(cells, result["fits"], workdir.path / "bias.png")
-        print(f"\n{workdir.path / 'bias.png'}   {workdir.path / 'summary.json'}")
+        written.append(workdir.path / "bias.png")
+        report.bias_figure(cells, result["fits"], written[-1])
+    print("", *written, sep="\n")
 
 
 if __name__ == "__main__":

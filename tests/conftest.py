@@ -11,3 +11,5 @@ import jax  # noqa: E402
 
 # Not through JAX_ENABLE_X64: child processes would inherit that, and a job that forgot to ask for float64 would pass.
 jax.config.update("jax_enable_x64", True)
+# Tests compile much and run little: a third of their time went into optimizing programs that run once.
+jax.config.update("jax_disable_most_optimizations", True)

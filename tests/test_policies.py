@@ -197,7 +197,7 @@ def test_padding_reaches_no_model_as_a_token():
     table = np.random.default_rng(6).normal(size=(V, V))
     both = jit(lambda t: [jax.jacrev(loss)(t, p) for p in (policy, policy._replace(tree=False))])(table)
     for gradient in jax.tree.leaves(both):
-        np.testing.assert_allclose(gradient, both[0][0], rtol=1e-11, atol=1e-11)
+        np.testing.assert_allclose(gradient, both[0][0], rtol=1e-11, atol=1e-11, equal_nan=False)
 
 
 def test_forced_tokens_have_logprob_exactly_zero(name):
@@ -388,6 +388,14 @@ def test_tabular_has_a_free_logit_for_every_context_and_token():
     logits = logits_of(policy)(params, np.array([[3, 0, 5]]))
     code = lambda newest, before: (newest + 1) + (V + 1) * (before + 1)  # noqa: E731
     np.testing.assert_array_equal(logits[0], table[np.array([code(3, -1), code(0, 3), code(5, 0)])])
+
+
+def test_tabular_starts_from_the_initial_logits():
+    start = np.array([0.0, 1.0, -2.0, 0.5, 0.0, 3.0])
+    plain, moved = (
+        jit(policies.tabular(V, 1, init_scale=0.5, initial_logits=x).init)(jax.random.key(0))["table"] for x in (None, start)
+    )
+    np.testing.assert_allclose(moved, plain + start, rtol=0, atol=1e-15)
 
 
 def test_linear_logits_are_sums_over_the_context():
@@ -672,6 +680,7 @@ def test_traced_completions_are_refused(name):
         (lambda: policies.tabular(4, 0), "context_length is 0"),
         (lambda: policies.tabular(50, 9), "context_length = 9 gives"),
         (lambda: policies.tabular(4, 1, init_scale=-1.0), "init_scale is -1.0"),
+        (lambda: policies.tabular(4, 1, initial_logits=np.zeros(3)), r"initial_logits has shape \(3,\); it must be \[V\]"),
         (lambda: policies.linear(4, 2, num_features=10), "num_features is 10; it must be between 11 .* and 36"),
         (lambda: policies.linear(4, 2, num_features=37), "num_features is 37"),
         (lambda: policies.decoder(0), "vocab_size is 0"),

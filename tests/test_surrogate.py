@@ -78,7 +78,11 @@ def test_completions_are_drawn_from_the_behavior_policy():
             assert stats.chisquare(counts, NUM_STEPS * p[prompt]).pvalue > 1e-3
             assert stats.chisquare(counts, NUM_STEPS * p[1 - prompt]).pvalue < 1e-6  # it can tell the prompts apart
     # members, prompts and successive steps are independent of each other
-    for first, second in [(index[:, 0, 0], index[:, 0, 1]), (index[:, 0, 0], index[:, 1, 0]), (index[1:, 0, 0], index[:-1, 0, 0])]:
+    for first, second in [
+        (index[:, 0, 0], index[:, 0, 1]),
+        (index[:, 0, 0], index[:, 1, 0]),
+        (index[1:, 0, 0], index[:-1, 0, 0]),
+    ]:
         assert stats.chi2_contingency(stats.contingency.crosstab(first, second).count).pvalue > 1e-3
 
 

@@ -93,7 +93,7 @@ class _Decoder(nn.Module):
         embedding = self.param("embedding", _normal(self.width), (self.vocab_size, self.width), self.dtype)
         if not self.tie_embeddings:
             self.param("unembedding", _normal(self.width), (self.vocab_size, self.width), self.dtype)
-        x = embedding[tokens]
+        x = jnp.asarray(embedding)[tokens]
         rotation = _rotation(positions, self.width // self.num_heads, self.rope_base, x.dtype)
         into_stream = (2 * self.num_layers) ** -0.5
         for layer in range(self.num_layers):
