@@ -14,8 +14,6 @@ from jax_async_grpo.advantages import group_centered, group_normalized, leave_on
 from jax_async_grpo.aggregation import sequence_mean, sequence_sum, token_mean
 from jax_async_grpo.losses import importance_sampling, ppo_clip, reinforce
 
-# compiled once and run once: the time is the compiler's
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TABULAR, LINEAR, DECODER = "tabular, unequal lengths", "linear, equal lengths", "decoder, unequal lengths"
 # another number than the longest completion, so that the two cannot be confused
 LENGTH = 5
@@ -105,7 +103,7 @@ def gradients(name):
     policy, params, task = case(name)
     shape = (*task.rewards.shape, task.mask.shape[-1])
 
-    @quick_jit
+    @jax.jit
     def compute(params, behavior_params):
         def of_loss(weights):
             def of(aggregation_fn, advantage_fn, group_size):
@@ -198,7 +196,7 @@ def test_total_derivative_is_that_of_the_covariance_of_rewards_and_row_weights()
         means = [jnp.sum(p * x, axis=-1) for x in (weights * task.rewards, weights, task.rewards)]
         return jnp.mean(means[0] - means[1] * means[2])
 
-    gradient = quick_jit(jax.grad(covariance))
+    gradient = jax.jit(jax.grad(covariance))
     which = (TABULAR, sequence_sum, leave_one_out, 4)
     for loss in RATIO_LOSSES:
         assert difference(surrogate_and_total(which, loss)[1], gradient(params, 1.0)) < 1e-12

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import io
 import json
 import math
@@ -13,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -33,15 +31,14 @@ from configs import measure_bias
 def get_config():
     config = measure_bias.get_config()
     config.num_bootstrap = 100
-    config.group_size = 4
     config.cases = {{"tabular": config.cases.tabular}}
     config.cases.tabular.update(dict(
         schedules=("fixed", "periodic"), max_staleness=(0, 1, 3), learning_rates={RATES}, time_window=(0.5, 1.5),
-        num_measurements=8, num_seeds=2, task_options=dict(rewards=((1., 0., 0., 1.), (0., 1., 0., 0.)))))
+        num_measurements=8, num_seeds=2))
     return config
 """
 CASE = "--config.cases.tabular."
-EXACT = f"{CASE}updates=('exact',)"
+EXACT = f"{CASE}updates=('exact',)"  # what takes less time where sampled updates add nothing
 
 Result = collections.namedtuple("Result", "code out err")
 
@@ -444,7 +441,7 @@ MINE = __name__
         ((f"{CASE}nope=1",), ("config.cases.tabular.nope is not a key", "the keys are policy,")),
         (("--config.cases.tabluar.num_seeds=1",), ("--config.cases.tabluar.num_seeds=1: ", "tabluar")),
         (("--config.seed=one",), ("--config.seed=one", "int")),
-        (("--config.max_compositions=3",), ("4 compositions", "max_compositions = 3", "lower group_size")),
+        (("--config.max_compositions=20",), ("36 compositions", "max_compositions = 20", "lower group_size")),
         (("--config.loss=jax_async_grpo.losses.ppo_clp",), ("config.loss is", "no attribute 'ppo_clp'")),
         ((f"{CASE}task=my_tasks.task",), ("config.cases.tabular.task is 'my_tasks.task'", "No module named 'my_tasks'")),
         ((f"{CASE}policy_options.depth=2",), ("config.cases.tabular.policy (", "depth")),
@@ -526,11 +523,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_records(copy_of_finished, config_
     assert (copy_of_finished / "metrics.jsonl").read_bytes() == rows
 
 
-def test_as_a_program_it_explains_itself_and_exits_with_its_code(tmp_path):
-    command = [sys.executable, "-m", "launch.measure_bias"]
-    run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    shown = run([*command, "--help"]).stdout
+def test_as_a_program_it_explains_itself():
+    command = [sys.executable, "-m", "launch.measure_bias", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
     assert "Measures the staleness bias of GRPO exactly" in shown and "--config=configs/measure_bias.py --workdir=DIR" in shown
-    assert all(flag in textwrap.dedent(shown) for flag in ("--config:", "--workdir:", "--[no]dry_run:", "--[no]overwrite:"))
-    failed = run([*command, "--config=configs/measure_bias.py", f"--workdir={tmp_path}", "--config.seed=-1"])
-    refused_line(Result(failed.returncode, failed.stdout, failed.stderr), "config.seed is -1", ">= 0")
+    assert all(flag in shown for flag in ("--config:", "--workdir:", "--[no]dry_run:", "--[no]overwrite:"))

@@ -14,8 +14,6 @@ from jax_async_grpo.advantages import group_centered, group_normalized
 from jax_async_grpo.losses import k3, ppo_clip
 from jax_async_grpo.sampling import sample_enumerated
 
-# compiled once and run a few times: the time is the compiler's, above all for random numbers
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 GROUP_SIZE = 4
 KEY = jax.random.key(7)
 
@@ -48,7 +46,7 @@ def compiled_draw(group_size, num_prompts):
     task = ragged_task(num_prompts)
     logprobs = np.concatenate([LOGPROBS, LOGPROBS[:1]])[:num_prompts]
 
-    @quick_jit
+    @jax.jit
     def draw(key, steps, policy_version):
         return jax.vmap(
             lambda step: sample_enumerated(key, task, logprobs, group_size, step=step, policy_version=policy_version)
@@ -110,7 +108,7 @@ def test_rollouts_record_what_was_drawn():
     np.testing.assert_array_equal(rollouts.prompt_mask, TASK.prompt_mask)
     assert not rollouts.mask.all()  # both lengths occur
 
-    @quick_jit
+    @jax.jit
     def recomputed(r):
         options = dict(prompt_mask=r.prompt_mask, allowed=TASK.allowed)
         return policies.token_logprobs(POLICY, BEHAVIOR, r.prompts, r.completions, r.mask, **options)
@@ -139,7 +137,7 @@ def test_sampled_objective_is_the_aggregated_loss_of_the_batch():
         token_loss.sum(-1).mean(),
     ]
 
-    @quick_jit
+    @jax.jit
     def objectives(learner, rollouts):
         inputs = dict(loss_inputs={"reference_logprobs": jnp.full(learner.shape, -1.0)})
         return [
@@ -156,7 +154,7 @@ def test_sampled_objective_is_the_aggregated_loss_of_the_batch():
 def test_gradients_from_rows_and_from_the_enumeration_agree():
     algorithm = dict(loss_fn=ppo_clip, advantage_fn=group_normalized, aggregation_fn=aggregation.token_mean)
 
-    @quick_jit
+    @jax.jit
     def both(params, rollouts):
         of_rows = surrogate.sampled_gradient(POLICY, params, rollouts, allowed=TASK.allowed, **algorithm)
         return of_rows, surrogate.enumerated_gradient(POLICY, params, rollouts, TASK, **algorithm)
@@ -171,7 +169,7 @@ def test_gradients_from_rows_and_from_the_enumeration_agree():
 def test_sampled_gradient_is_exact_on_average():
     algorithm = dict(loss_fn=ppo_clip, advantage_fn=group_normalized)
 
-    @quick_jit
+    @jax.jit
     def compute(learner, behavior, rollouts):
         def of_batch(batch):
             return surrogate.enumerated_gradient(POLICY, learner, batch, TASK, **algorithm)["table"]

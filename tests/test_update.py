@@ -19,8 +19,6 @@ from jax_async_grpo.sampling import sample_enumerated
 from jax_async_grpo.types import Policy, Task
 from jax_async_grpo.update import create_state, update_step
 
-# compiled once and run a few times: the time is the compiler's
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 START = {"w": np.array([0.5, -1.0, 2.0]), "b": np.array(0.3)}
 OPTIMIZERS = {"sgd": optax.sgd, "adam": optax.adam}
 
@@ -310,7 +308,7 @@ def test_exact_updates_have_no_bias_without_lag_and_raise_the_reward(name):
 
 def test_a_grid_measures_the_bias_of_the_parameters_it_returns():
     this = EXPERIMENTS["tabular, sgd"]
-    measure = quick_jit(functools.partial(bias.surrogate_bias, this.gradient))
+    measure = jax.jit(functools.partial(bias.surrogate_bias, this.gradient))
     for _, s, _, cell in exact_cells("tabular, sgd")[:4]:
         measured = measure(cell.learner_params, cell.behavior_params)
         assert (measured.norm > 1e-6) == (s > 0)
@@ -329,7 +327,7 @@ def test_sampled_ratios_are_one_without_lag_only():
     def gradient(learner, behavior, step, version):
         return surrogate.enumerated_gradient(policy, learner, rollouts_of(behavior, step, version), task, **ALGORITHM)
 
-    @quick_jit
+    @jax.jit
     def advance(state, lag):
         new_state, info = update_step(state, lag, gradient, optimizer)
         rollouts = rollouts_of(info.behavior_params, state.step, state.step - info.staleness)
