@@ -2,7 +2,7 @@
 
     python -m launch.measure_bias --config=configs/measure_bias.py --workdir=runs/measure_bias
 
-takes several minutes on two cores, most of them compilation. Expect exponents of 1.00 in S and in η where updates are exact,
+takes about four minutes on two cores, half of it compilation. Expect exponents of 1.00 in S and in η where updates are exact,
 and an exponent in S well below 1 where they are sampled, because drift is then partly diffusive. Every default of the job
 stands here; windows, rules and seeds are fixed before the run.
 """
