@@ -24,6 +24,7 @@ import optax
 
 from configs import measure_bias
 from jax_async_grpo import bias, experiment, metrics, staleness, sweeps
+from jax_async_grpo.compiling import jit_repeated
 from jax_async_grpo.update import create_state, update_step
 
 REQUIRED_RATIO = 5.0
@@ -93,11 +94,11 @@ class Problem:
             del step, policy_version
             return self.case.gradient(learner_params, behavior_params)
 
-        @jax.jit
+        @jit_repeated
         def update(state, schedule):
             return update_step(state, schedule[state.step], gradient, optimizer)[0]
 
-        @jax.jit
+        @jit_repeated
         def measure(state, schedule):
             return self.measure(state, schedule[state.step])
 

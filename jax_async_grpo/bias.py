@@ -145,9 +145,13 @@ def check_first_order(
       tolerance: the relative difference that counts as parting.
 
     Raises:
-      FirstOrderError: naming the kink or the stop_gradient.
+      ValueError: a direction that is zero or not finite.
+      FirstOrderError: naming the kink or the stop_gradient, or saying that H is not finite beside θ.
     """
-    unit = optax.tree.scale(1 / optax.tree.norm(direction), direction)
+    length = float(optax.tree.norm(direction))
+    if not 0 < length < math.inf:
+        raise ValueError(f"direction has length {length}; a derivative needs a direction that is finite and not zero")
+    unit = optax.tree.scale(1 / length, direction)
     if step is None:
         precise = all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(unit))
         step = (1e-4 if precise else 1e-2) * max(1.0, float(optax.tree.norm(learner_params)))
@@ -162,7 +166,13 @@ def check_first_order(
         centrals.append(optax.tree.scale(0.5, optax.tree.add(forward, backward)))
     central = centrals[-1]
     sizes = [float(optax.tree.norm(difference)) for difference in centrals]
-    scale = max(sizes[-1], float(optax.tree.norm(derivative)), tolerance * float(optax.tree.norm(center)))
+    slope = float(optax.tree.norm(derivative))
+    if not all(map(math.isfinite, (slope, *sizes, *jumps))):
+        raise FirstOrderError(
+            f"the surrogate gradient or its derivative is not finite within {step:.1e} of θ: there is no "
+            "first-order law to hold; look for overflow in the loss or lower `step`"
+        )
+    scale = max(sizes[-1], slope, tolerance * float(optax.tree.norm(center)))
     # a smooth H makes the one-sided differences approach each other with the step; a kink keeps them apart
     kinked = jumps[1] > tolerance * scale and jumps[1] > 0.5 * jumps[0]
     # a loss with a kink of its own makes H jump: then the differences grow as the step shrinks

@@ -12,13 +12,13 @@ import numpy as np
 import optax
 
 from jax_async_grpo import bias, exact, invariants, policies, scaling, sweeps
+from jax_async_grpo.compiling import jit_once
 from jax_async_grpo.experiment import Case
 from jax_async_grpo.types import Params
 
 __all__ = ["batch_clip_radius", "collapse_radius", "decomposition", "invariant_violations", "linear_response"]
 
 _SCALES = (1 / 64, 1 / 32, 1 / 16, 1 / 8)  # of the realised drift: small enough for the leading term of the error
-_RUN_ONCE = {"xla_backend_optimization_level": 0}  # these programs run once: half the compilation, and it is most of their time
 
 
 def linear_response(
@@ -45,7 +45,7 @@ def linear_response(
     at_one_thousandth = 1e-3 / staleness_x_learning_rate
     scales = jnp.asarray([*_SCALES, 1.0, at_one_thousandth])
 
-    @functools.partial(jax.jit, compiler_options=_RUN_ONCE)
+    @jit_once
     def relative_errors(learner_params, direction):
         slope = jax.jvp(lambda behavior: case.gradient(learner_params, behavior), (learner_params,), (direction,))[1]
 
@@ -73,7 +73,7 @@ def decomposition(case: Case, learner_params: Params, behavior_params: Params) -
     """δ by role of the behavior policy and by clip: norms, and shares ⟨part, δ⟩/‖δ‖², which add up to 1."""
     unclipped = functools.partial(case.role_gradient, clipped=False)
     decompose = functools.partial(bias.decompose, case.role_gradient, unclipped)
-    parts = jax.jit(decompose, compiler_options=_RUN_ONCE)(learner_params, behavior_params)
+    parts = jit_once(decompose)(learner_params, behavior_params)
     total = optax.tree.norm(parts.total)
     named = {name: getattr(parts, name) for name in ("sampling", "denominator", "statistics", "clip")}
     return {
@@ -164,7 +164,7 @@ def invariant_violations(case: Case, params: Params) -> dict[str, float]:
             case.policy, learner_params, behavior_params, case.task, **case.algorithm.arguments()
         )
 
-    @functools.partial(jax.jit, compiler_options=_RUN_ONCE)
+    @jit_once
     def check(params):
         rollouts = case.rollouts(jax.random.key(0), params, 0, 0)
         recomputed = policies.token_logprobs(

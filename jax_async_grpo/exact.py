@@ -17,7 +17,6 @@ ratio's denominator (`behavior_logprobs`), and it draws the other members of the
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 
 import jax
@@ -28,7 +27,7 @@ from jax_async_grpo import compositions, losses
 from jax_async_grpo.aggregation import sequence_mean, sequence_sum
 from jax_async_grpo.masked import as_mask, masked_sum
 from jax_async_grpo.policies import completion_logprobs
-from jax_async_grpo.separability import check_separable
+from jax_async_grpo.separability import check_separable, named_parameters
 from jax_async_grpo.types import Params, Policy, Task
 
 __all__ = [
@@ -69,7 +68,7 @@ def surrogate_objective(
       rewards: [B, Y], concrete unless `reward_levels` is given.
       mask: [B, Y, L] or [Y, L] bool or 0/1, None = all valid.
       group_size: G.
-      loss_fn: `loss_fn(logprobs[N, L], old_logprobs[N, L], advantages[N], mask[N, L], **loss_inputs) -> [N, L]`, minimised.
+      loss_fn: `loss_fn(logprobs[N, L], old_logprobs[N, L], advantages[N], mask[N, L], **loss_inputs) -> [N, L]`, minimized.
         If it has a parameter named `behavior_logprobs` or `detached_logprobs` it gets that array too.
       advantage_fn: rewards[..., G] -> advantages[..., G].
       aggregation_fn: (values[N, L], mask[N, L]) -> `MaskedSum`.
@@ -77,7 +76,8 @@ def surrogate_objective(
       proximal_logprobs: [B, Y, L], replaces the ratio's denominator (decoupled PPO).
       sampling_logprobs: [B, Y, L], draws the own completion.
       statistics_logprobs: [B, Y, L], draws the other G−1 members.
-      detached_logprobs: [B, Y, L], what a loss that detaches the learner uses; default `learner_logprobs`, not stopped.
+      detached_logprobs: [B, Y, L], what a loss that detaches the learner uses; default `learner_logprobs` behind a
+        stop_gradient. Pass them to differentiate H in θ, detached part included.
       loss_inputs: further [B, Y, L] arrays, handed to `loss_fn` by name (a reference policy's log-probs, say).
       max_compositions: the largest C allowed.
 
@@ -230,6 +230,7 @@ def surrogate_gradient(
     behavior_params: Params,
     task: Task,
     *,
+    loss_fn: Callable,
     sampling_params: Params | None = None,
     statistics_params: Params | None = None,
     **algorithm,
@@ -251,7 +252,8 @@ def surrogate_gradient(
             task,
             sampling_params=sampling_params,
             statistics_params=statistics_params,
-            detached_params=learner_params if "detached_logprobs" in _parameters(algorithm["loss_fn"]) else None,
+            detached_params=learner_params if "detached_logprobs" in named_parameters(loss_fn) else None,
+            loss_fn=loss_fn,
             **algorithm,
         )
 
@@ -262,7 +264,7 @@ def total_gradient(policy: Policy, params: Params, task: Task, **algorithm) -> P
     """d/dθ L(θ,θ) = H(θ,θ) + ∂_φ L(θ,φ)|_{φ=θ}: a different object from H (arXiv 2607.01083), kept to show the difference.
 
     It vanishes where the loss is −c·A at ratio 1, advantages sum to zero in every group and every row has the same total
-    weight. Arguments as in `surrogate_gradient`.
+    weight. A loss that detaches the learner keeps its detached part fixed here too. Arguments as in `surrogate_gradient`.
     """
     return jax.grad(lambda both: surrogate_objective_of_params(policy, both, both, task, **algorithm))(params)
 
@@ -327,11 +329,11 @@ def _roles(learner, behavior, proximal, sampling, statistics, detached, loss_fn,
     if len(shape) != 3:
         raise ValueError(f"learner_logprobs has shape {shape}; it must be [B, Y, L]")
     inputs = dict(loss_inputs or {})
-    wanted = _parameters(loss_fn)
+    wanted = named_parameters(loss_fn)
     if "behavior_logprobs" in wanted:
         inputs.setdefault("behavior_logprobs", behavior)
     if "detached_logprobs" in wanted:
-        inputs.setdefault("detached_logprobs", learner if detached is None else detached)
+        inputs.setdefault("detached_logprobs", jax.lax.stop_gradient(learner) if detached is None else detached)
     sampling = behavior if sampling is None else sampling
     statistics = behavior if statistics is None else statistics
     denominator = behavior if proximal is None else proximal
@@ -341,13 +343,6 @@ def _roles(learner, behavior, proximal, sampling, statistics, detached, loss_fn,
         if jnp.shape(array) != shape:
             raise ValueError(f"{name} has shape {jnp.shape(array)}; it must have the shape of learner_logprobs, {shape}")
     return sampling, denominator, statistics, inputs
-
-
-def _parameters(function) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # some built-ins have no signature
-        return ()
 
 
 def _full_mask(mask, shape):

@@ -319,7 +319,7 @@ def build_case(config: Mapping[str, Any], name: str, *, start: bool = True) -> C
         )
     policy = _call(part, "policy", field, Policy, task.vocab_size)
     key = jax.random.fold_in(jax.random.key(config["seed"]), 0)
-    # jitted: a transformer's initialisation is hundreds of small operations
+    # jitted: a transformer's initialization is hundreds of small operations
     params = jax.jit(policy.init)(key) if start else jax.eval_shape(policy.init, key)
     if start and part["warm_start"]:
         try:

@@ -1,4 +1,4 @@
-"""Per-token policy losses (to be minimised) and KL terms as pure functions of arrays; nothing is reduced.
+"""Per-token policy losses (to be minimized) and KL terms as pure functions of arrays; nothing is reduced.
 
 The positional order of every policy loss is `(logprobs, old_logprobs, advantages, mask)`; all but the advantages have the
 shape [..., L] of completion tokens. Advantages may lack the token axis: [...] is one advantage per completion. No function

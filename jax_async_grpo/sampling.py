@@ -20,6 +20,7 @@ def sample_enumerated(
     behavior_logprobs: jax.Array,
     group_size: int,
     *,
+    prompt_ids: jax.Array | None = None,
     step: jax.Array | int = 0,
     policy_version: jax.Array | int = 0,
 ) -> Rollouts:
@@ -30,13 +31,14 @@ def sample_enumerated(
       task: prompts, completions and rewards.
       behavior_logprobs: [B, Y, L] log π_φ of every token, nats (`exact.task_logprobs`).
       group_size: G.
+      prompt_ids: [B] int, global ids of the task's prompts; default their rows. Pass them where a task holds a shard or a
+        shuffle of the prompts, so that a prompt keeps its draws.
       step: the learner update that consumes the rollouts.
       policy_version: the learner update whose parameters φ are.
 
     Returns:
       Rollouts with `completion_index` set.
     """
-    num_prompts = task.prompts.shape[0]
     step_key = jax.random.fold_in(key, step)
 
     def of_prompt(prompt, sequence_logprobs):
@@ -44,8 +46,8 @@ def sample_enumerated(
         keys = jax.vmap(lambda member: jax.random.fold_in(prompt_key, member))(jnp.arange(group_size))
         return jax.vmap(lambda member_key: jax.random.categorical(member_key, sequence_logprobs))(keys)
 
-    prompts = jnp.arange(num_prompts)
-    index = jax.vmap(of_prompt)(prompts, jnp.sum(behavior_logprobs, axis=-1))
+    prompt_ids = jnp.arange(task.prompts.shape[0]) if prompt_ids is None else jnp.asarray(prompt_ids)
+    index = jax.vmap(of_prompt)(prompt_ids, jnp.sum(behavior_logprobs, axis=-1))
     return Rollouts(
         prompts=jnp.asarray(task.prompts),
         prompt_mask=jnp.asarray(task.prompt_mask),

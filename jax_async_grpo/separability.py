@@ -7,12 +7,13 @@ approximation, so `check_separable` refuses with the reason.
 from __future__ import annotations
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_separable"]
+__all__ = ["check_separable", "named_parameters"]
 
 _NUM_ROWS = 6
 
@@ -43,6 +44,14 @@ def check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_s
         _once(_probe_loss, loss_fn, length, tuple(sorted(loss_inputs)))
         _once(_probe_advantage, advantage_fn, tuple(np.asarray(levels, dtype=float).tolist()), group_size)
         _once(_probe_aggregation, aggregation_fn, *key)
+
+
+def named_parameters(function) -> tuple[str, ...]:
+    """The names of a function's parameters, which say what further arrays a loss asks for; () where it has no signature."""
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # some built-ins
+        return ()
 
 
 def _once(probe, function, *key):

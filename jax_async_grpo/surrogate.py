@@ -9,6 +9,7 @@ import jax
 from jax_async_grpo.aggregation import sequence_mean
 from jax_async_grpo.exact import task_logprobs
 from jax_async_grpo.policies import token_logprobs
+from jax_async_grpo.separability import named_parameters
 from jax_async_grpo.types import Params, Policy, Rollouts, Task
 
 __all__ = ["enumerated_gradient", "sampled_gradient", "sampled_objective"]
@@ -28,7 +29,8 @@ def sampled_objective(
     Args:
       learner_logprobs: [B, G, L] log π_θ of the rollouts' tokens, nats.
       rollouts: groups drawn from φ; their recorded log-probs are the ratio's denominator.
-      loss_fn: per-token loss, as in `exact.surrogate_objective`, here on [B, G, L].
+      loss_fn: per-token loss, as in `exact.surrogate_objective`, here on [B, G, L]. A parameter named `behavior_logprobs` gets
+        the recorded ones, `detached_logprobs` the learner's behind a stop_gradient, unless `loss_inputs` has them.
       advantage_fn: rewards[..., G] -> advantages[..., G].
       aggregation_fn: (values, mask) -> `MaskedSum`.
       loss_inputs: further [B, G, L] arrays, handed to `loss_fn` by name.
@@ -36,8 +38,14 @@ def sampled_objective(
     Returns:
       Scalar, to be ascended.
     """
+    offered = {
+        "behavior_logprobs": rollouts.behavior_logprobs,
+        "detached_logprobs": jax.lax.stop_gradient(learner_logprobs),
+    }
+    wanted = named_parameters(loss_fn)
+    inputs = {name: array for name, array in offered.items() if name in wanted} | dict(loss_inputs or {})
     advantages = advantage_fn(rollouts.rewards)
-    values = loss_fn(learner_logprobs, rollouts.behavior_logprobs, advantages, rollouts.mask, **(loss_inputs or {}))
+    values = loss_fn(learner_logprobs, rollouts.behavior_logprobs, advantages, rollouts.mask, **inputs)
     return -aggregation_fn(values, rollouts.mask).mean()
 
 
@@ -50,7 +58,7 @@ def sampled_gradient(
       policy: the policy.
       learner_params: θ.
       rollouts: groups drawn from φ.
-      allowed: [L, V] bool, the tokens the policy is normalised over, None = all.
+      allowed: [L, V] bool, the tokens the policy is normalized over, None = all.
       **algorithm: `loss_fn`, `advantage_fn`, `aggregation_fn` of `sampled_objective`.
 
     Returns:

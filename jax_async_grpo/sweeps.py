@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from jax_async_grpo import bias, invariants, metrics, staleness
+from jax_async_grpo.compiling import jit_repeated
 from jax_async_grpo.types import Params
 from jax_async_grpo.update import create_state, update_step
 
@@ -83,7 +84,7 @@ def bias_grid(
         behavior_params, _ = staleness.read(state.history, schedule[measure_steps[-1]])
         return CellMeasurements(*measured, state.params, behavior_params)
 
-    @jax.jit
+    @jit_repeated
     def run(params, learning_rate, schedules, keys, measure_steps):
         def cell(schedule, key):
             return run_cell(params, learning_rate, schedule, key, measure_steps)
@@ -121,7 +122,7 @@ def response_msd(
 
         return jax.vmap(at_lag)(jnp.arange(capacity))
 
-    @jax.jit
+    @jit_repeated
     def run(params, learning_rate, keys, measure_steps):
         def cell(key):
             return _trajectory(

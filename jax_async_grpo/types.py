@@ -79,7 +79,7 @@ class Task:
       prompt_mask: [B, P] bool, False on padding.
       completions: [Y, L] int32, every completion once.
       mask: [Y, L] bool, True up to and including the end token.
-      allowed: [L, V] bool, the tokens that may stand at each completion position; the policy is normalised over them, so that
+      allowed: [L, V] bool, the tokens that may stand at each completion position; the policy is normalized over them, so that
         the Y completions carry all the probability.
       rewards: [B, Y] float64, what the learner is trained on.
       gold_rewards: [B, Y] float64, what it is judged on; the same array as `rewards` unless the task has a proxy.

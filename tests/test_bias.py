@@ -373,6 +373,21 @@ def test_detached_log_probs_change_no_gradient_and_make_it_differentiable_in_the
     assert hidden_error > 0.1
 
 
+def test_detached_part_stays_fixed_in_the_array_level_gradient_and_in_the_total_one():
+    task = tasks.bandit([[0, 0.5, 1.0]])
+    policy = policies.from_logits(lambda logits, tokens: jnp.broadcast_to(logits, (*tokens.shape, 4)))
+
+    def fixed_total(logits, loss_fn):
+        return exact.total_gradient(policy, logits, task, loss_fn=loss_fn, **ALGORITHM)
+
+    def stops_the_learner(logprobs, old_logprobs, advantages, mask):
+        return detached_cispo(logprobs, old_logprobs, advantages, mask, detached_logprobs=jax.lax.stop_gradient(logprobs))
+
+    expected = fixed_total(LOGITS, stops_the_learner)
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(fixed_total(LOGITS, detached_cispo), expected, rtol=1e-13, atol=1e-16)
+
+
 def test_guard_is_the_default_and_can_be_left_out():
     def hides(learner, behavior):
         return learner + jax.lax.stop_gradient(behavior)
@@ -399,6 +414,18 @@ def test_guard_takes_its_tolerance_and_step_and_any_length_of_the_direction():
     bias.check_first_order(bends_at_a_distance, at, direction)
     with pytest.raises(bias.FirstOrderError):
         bias.check_first_order(bends_at_a_distance, at, direction, step=0.1)
+
+
+def test_guard_refuses_a_direction_it_cannot_walk_and_a_gradient_that_is_not_finite():
+    def smooth(learner, behavior):
+        return jnp.exp(behavior) * learner
+
+    at = jnp.array([3.0, 4.0])
+    for direction in (jnp.zeros(2), jnp.array([jnp.nan, 1.0]), jnp.array([jnp.inf, 1.0])):
+        with pytest.raises(ValueError, match="direction has length"):
+            bias.check_first_order(smooth, at, direction)
+    with pytest.raises(bias.FirstOrderError, match="not finite"):
+        bias.check_first_order(lambda learner, behavior: jnp.sqrt(learner - behavior), at, jnp.ones(2))
 
 
 def test_guard_works_in_single_precision():

@@ -41,7 +41,7 @@ _AGGREGATIONS = [aggregation.sequence_mean, aggregation.sequence_sum, functools.
 
 
 def _random_case(rng, num_completions, length, num_levels):
-    """Log-probs of four roles (normalised over completions of unequal length), rewards that use every level, a mask."""
+    """Log-probs of four roles (normalized over completions of unequal length), rewards that use every level, a mask."""
     lengths = rng.integers(1, length + 1, size=(1, num_completions, 1))
     mask = np.arange(length) < lengths
 

@@ -48,6 +48,7 @@ FLOORS = {
         "invariants",
     },
     "jobs": {
+        "compiling",
         "update",
         "experiment",
         "warm_start",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ from scipy import stats
 
 from jax_async_grpo import aggregation, exact, policies, surrogate, tasks
 from jax_async_grpo.advantages import group_centered, group_normalized
-from jax_async_grpo.losses import k3, ppo_clip
+from jax_async_grpo.losses import importance_sampling, k3, ppo_clip
 from jax_async_grpo.sampling import sample_enumerated
 
 GROUP_SIZE = 4
@@ -97,6 +98,19 @@ def test_a_completion_depends_on_key_step_prompt_and_member_alone():
     np.testing.assert_allclose((wider[:, 2, 0] == wider[:, 0, 0]).mean(), matches[0], atol=0.02)  # equal policies, own draws
 
 
+def test_shuffled_prompts_keep_their_draws_by_their_ids():
+    order = np.array([2, 0, 1])
+    task = ragged_task(3)
+    shuffled = dataclasses.replace(
+        task, **{f: getattr(task, f)[order] for f in ("prompts", "prompt_mask", "rewards", "gold_rewards")}
+    )
+    logprobs = np.concatenate([LOGPROBS, LOGPROBS[:1]])
+    index = sample_enumerated(KEY, task, logprobs, 6, step=3).completion_index
+    other = sample_enumerated(KEY, shuffled, logprobs[order], 6, step=3, prompt_ids=order).completion_index
+    np.testing.assert_array_equal(other, np.asarray(index)[order])
+    assert (np.asarray(sample_enumerated(KEY, shuffled, logprobs[order], 6, step=3).completion_index) != other).any()
+
+
 def test_rollouts_record_what_was_drawn():
     rollouts = at_step(draw(first_step=40, policy_version=38), 3)
     index = rollouts.completion_index
@@ -149,6 +163,22 @@ def test_sampled_objective_is_the_aggregated_loss_of_the_batch():
 
     assert len({round(loss, 6) for loss in expected}) == 3
     np.testing.assert_allclose(objectives(learner, rollouts), np.negative(expected), rtol=1e-13)
+
+
+def test_losses_get_the_arrays_they_ask_for_by_name():
+    seen = {}
+
+    def asks(logprobs, old_logprobs, advantages, mask, *, behavior_logprobs, detached_logprobs):
+        seen["behavior_is_recorded"] = behavior_logprobs is rollouts.behavior_logprobs
+        return -jnp.exp(detached_logprobs - behavior_logprobs) * advantages[..., None] * logprobs * mask
+
+    rollouts = at_step(draw(), 0)
+    learner = np.where(rollouts.mask, rollouts.behavior_logprobs - 0.3, 0.0)
+    algorithm = dict(advantage_fn=group_centered)
+    gradient = jax.grad(lambda x: surrogate.sampled_objective(x, rollouts, loss_fn=asks, **algorithm))(learner)
+    expected = jax.grad(lambda x: surrogate.sampled_objective(x, rollouts, loss_fn=importance_sampling, **algorithm))(learner)
+    assert seen["behavior_is_recorded"]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-12)  # the detached ratio times ∇log π is ∇ratio
 
 
 def test_gradients_from_rows_and_from_the_enumeration_agree():
