@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -20,13 +20,16 @@ import optax
 from jax_async_grpo.types import Params
 
 __all__ = [
+    "ROLES",
     "BiasParts",
     "FirstOrderError",
     "SurrogateBias",
+    "check_derivative",
     "check_first_order",
     "decompose",
     "first_order_bias",
     "role_jvps",
+    "shapley_share",
     "surrogate_bias",
 ]
 
@@ -157,11 +160,29 @@ def check_first_order(
         step = (1e-4 if precise else 1e-2) * max(1.0, float(optax.tree.norm(learner_params)))
     at = jax.jit(lambda h: gradient_fn(learner_params, optax.tree.add_scale(learner_params, h, unit)))
     derivative = jax.jit(lambda v: _jvp(lambda behavior: gradient_fn(learner_params, behavior), learner_params, v))(unit)
-    center = at(0.0)
+    sides = [(at(h), at(-h)) for h in (step, step / 4)]
+    check_derivative(derivative, at(0.0), sides, step=step, tolerance=tolerance)
+
+
+def check_derivative(
+    derivative: Params, center: Params, sides: Sequence[tuple[Params, Params]], *, step: float, tolerance: float = 1e-3
+) -> None:
+    """What `check_first_order` decides from gradients that are already there.
+
+    Args:
+      derivative: D_φH(θ,φ)|_{φ=θ}[u], the jvp along a direction u of length 1.
+      center: H(θ,θ).
+      sides: H(θ, θ ± h·u) for h = step and step/4.
+      step: parameter distance.
+      tolerance: the relative difference that counts as parting.
+
+    Raises:
+      FirstOrderError: naming the kink or the stop_gradient, or saying that H is not finite beside θ.
+    """
     jumps, centrals = [], []
-    for h in (step, step / 4):
-        forward = optax.tree.scale(1 / h, optax.tree.sub(at(h), center))
-        backward = optax.tree.scale(1 / h, optax.tree.sub(center, at(-h)))
+    for h, (ahead, behind) in zip((step, step / 4), sides, strict=True):
+        forward = optax.tree.scale(1 / h, optax.tree.sub(ahead, center))
+        backward = optax.tree.scale(1 / h, optax.tree.sub(center, behind))
         jumps.append(float(optax.tree.norm(optax.tree.sub(forward, backward))))
         centrals.append(optax.tree.scale(0.5, optax.tree.add(forward, backward)))
     central = centrals[-1]
@@ -234,7 +255,7 @@ def decompose(
     stale = jnp.asarray(subsets)
     values = jax.lax.map(lambda which: unclipped_role_gradient_fn(learner_params, *(_row(either, w) for w in which)), stale)
     of_subset = {subset: _row(values, index) for index, subset in enumerate(subsets)}
-    shares, spread = zip(*(_shapley(of_subset, role) for role in range(len(ROLES))), strict=True)
+    shares, spread = zip(*(shapley_share(of_subset, role) for role in range(len(ROLES))), strict=True)
 
     fresh, all_stale = subsets[0], subsets[-1]
     unclipped = optax.tree.sub(of_subset[all_stale], of_subset[fresh])
@@ -251,8 +272,16 @@ def decompose(
     )
 
 
-def _shapley(of_subset: dict[tuple[int, ...], Params], role: int) -> tuple[Params, jax.Array]:
-    """The Shapley value of a role and the root mean square distance of its marginal shares from it."""
+def shapley_share(of_subset: dict[tuple[int, ...], Params], role: int) -> tuple[Params, jax.Array]:
+    """The Shapley value of a role, and the root mean square distance of its marginal shares from it.
+
+    Args:
+      of_subset: {(0 or 1 for each of `ROLES`): H with the roles at 1 stale}, all eight.
+      role: index into `ROLES`.
+
+    Returns:
+      (pytree like H, scalar).
+    """
     num_roles = len(ROLES)
     marginals, weights = [], []
     for subset in of_subset:

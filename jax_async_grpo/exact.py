@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_async_grpo import compositions, losses
+from jax_async_grpo import closed_form, losses
 from jax_async_grpo.aggregation import sequence_mean, sequence_sum
-from jax_async_grpo.masked import as_mask, masked_sum
+from jax_async_grpo.masked import masked_sum
 from jax_async_grpo.policies import completion_logprobs
-from jax_async_grpo.separability import check_separable, named_parameters
+from jax_async_grpo.separability import named_parameters
 from jax_async_grpo.types import Params, Policy, Task
 
 __all__ = [
@@ -88,27 +88,25 @@ def surrogate_objective(
       ValueError: shapes that do not match, NaN rewards, concrete log-probs whose completions do not sum to 1 (1e-8 in float64),
         too many compositions, or a function that couples rows.
     """
-    sampling, denominator, statistics, inputs = _roles(
+    groups = closed_form.enumerate_groups(
         learner_logprobs,
         behavior_logprobs,
-        proximal_logprobs,
-        sampling_logprobs,
-        statistics_logprobs,
-        detached_logprobs,
-        loss_fn,
-        loss_inputs,
+        rewards,
+        mask,
+        group_size=group_size,
+        loss_fn=loss_fn,
+        advantage_fn=advantage_fn,
+        aggregation_fn=aggregation_fn,
+        reward_levels=reward_levels,
+        proximal_logprobs=proximal_logprobs,
+        sampling_logprobs=sampling_logprobs,
+        statistics_logprobs=statistics_logprobs,
+        detached_logprobs=detached_logprobs,
+        loss_inputs=loss_inputs,
+        max_compositions=max_compositions,
     )
-    mask = _full_mask(mask, jnp.shape(learner_logprobs))
-    level_index, levels = compositions.reward_level_index(rewards, reward_levels, jnp.shape(learner_logprobs)[:2])
-    counts = compositions.enumerate_compositions(len(levels), group_size, max_compositions)
-    check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_size, tuple(inputs))
-    _check_normalized(jnp.exp(masked_sum(learner_logprobs, mask, axis=-1)))
-
-    advantages = compositions.advantage_table(advantage_fn, levels, counts)[level_index]  # [B, Y, C]
-    terms = _row_terms(learner_logprobs, denominator, advantages, mask, inputs, loss_fn, aggregation_fn)
-    p = compositions.level_probabilities(_probabilities(statistics, mask), level_index, len(levels))
-    others = compositions.composition_probabilities(p, counts)  # [B, C]
-    return -jnp.mean(jnp.einsum("by,bc,byc->b", _probabilities(sampling, mask), others, terms))
+    terms = closed_form.row_terms(groups, loss_fn, aggregation_fn)
+    return -jnp.mean(jnp.einsum("by,bc,byc->b", groups.own, groups.others, terms))
 
 
 def brute_force_objective(
@@ -138,7 +136,7 @@ def brute_force_objective(
     Raises:
       ValueError: shapes that do not match, or more than `max_groups` groups.
     """
-    sampling, denominator, statistics, inputs = _roles(
+    sampling, denominator, statistics, inputs = closed_form.assign_roles(
         learner_logprobs,
         behavior_logprobs,
         proximal_logprobs,
@@ -148,7 +146,7 @@ def brute_force_objective(
         loss_fn,
         loss_inputs,
     )
-    mask = _full_mask(mask, jnp.shape(learner_logprobs))
+    mask = closed_form.full_mask(mask, jnp.shape(learner_logprobs))
     num_completions = jnp.shape(learner_logprobs)[1]
     if num_completions**group_size > max_groups:
         raise ValueError(f"Y^G = {num_completions}^{group_size} groups exceed max_groups = {max_groups}; lower Y or group_size")
@@ -321,76 +319,3 @@ def clip_fraction(
     )
     own = jnp.exp(jnp.sum(task_logprobs(policy, behavior_params, task), axis=-1))
     return num_clipped / jnp.mean(jnp.sum(own * jnp.sum(task.mask, axis=-1), axis=-1))
-
-
-def _roles(learner, behavior, proximal, sampling, statistics, detached, loss_fn, loss_inputs):
-    """The arrays by role, all of the learner's shape, and what goes to the loss by name."""
-    shape = jnp.shape(learner)
-    if len(shape) != 3:
-        raise ValueError(f"learner_logprobs has shape {shape}; it must be [B, Y, L]")
-    inputs = dict(loss_inputs or {})
-    wanted = named_parameters(loss_fn)
-    if "behavior_logprobs" in wanted:
-        inputs.setdefault("behavior_logprobs", behavior)
-    if "detached_logprobs" in wanted:
-        inputs.setdefault("detached_logprobs", jax.lax.stop_gradient(learner) if detached is None else detached)
-    sampling = behavior if sampling is None else sampling
-    statistics = behavior if statistics is None else statistics
-    denominator = behavior if proximal is None else proximal
-    named = dict(behavior_logprobs=behavior, proximal_logprobs=denominator, sampling_logprobs=sampling)
-    named |= dict(statistics_logprobs=statistics) | inputs
-    for name, array in named.items():
-        if jnp.shape(array) != shape:
-            raise ValueError(f"{name} has shape {jnp.shape(array)}; it must have the shape of learner_logprobs, {shape}")
-    return sampling, denominator, statistics, inputs
-
-
-def _full_mask(mask, shape):
-    """The mask as [B, Y, L], still NumPy where it was concrete: the probes want its values."""
-    if mask is not None and jnp.shape(mask) == shape[1:]:
-        mask = jnp.broadcast_to(mask, shape) if isinstance(mask, jax.core.Tracer) else np.broadcast_to(mask, shape)
-    if mask is None:
-        return np.ones(shape, dtype=bool)
-    checked = as_mask(mask, shape)
-    return checked if isinstance(mask, jax.core.Tracer) else np.asarray(mask, dtype=bool)
-
-
-def _row_terms(learner, denominator, advantages, mask, inputs, loss_fn, aggregation_fn) -> jax.Array:
-    """[B, Y, C]: the aggregated loss of every completion beside every composition of the other members."""
-    shape = jnp.shape(learner)
-
-    def as_rows(array):
-        return jnp.reshape(array, (-1, shape[-1]))
-
-    learner, denominator, mask = as_rows(learner), as_rows(denominator), as_rows(mask)
-    inputs = {name: as_rows(array) for name, array in inputs.items()}
-
-    def of_composition(row_advantages):
-        values = loss_fn(learner, denominator, row_advantages, mask, **inputs)
-        if jnp.shape(values) != jnp.shape(learner):
-            raise ValueError(f"loss_fn returns shape {jnp.shape(values)}; it must be per token, {jnp.shape(learner)}")
-        return jax.vmap(lambda value, valid: aggregation_fn(value[None], valid[None]).mean())(values, mask)
-
-    terms = jax.vmap(of_composition, in_axes=1, out_axes=1)(jnp.reshape(advantages, (-1, advantages.shape[-1])))
-    return jnp.reshape(terms, (*shape[:2], -1))
-
-
-def _probabilities(logprobs, mask) -> jax.Array:
-    """[B, Y]: π(y|x) = exp Σ_l log π(y_l)."""
-    probabilities = jnp.exp(masked_sum(logprobs, mask, axis=-1))
-    _check_normalized(probabilities)
-    return probabilities
-
-
-def _check_normalized(probabilities):
-    """Concrete probabilities must sum to 1 per prompt: else some completion is missing or counted twice."""
-    if isinstance(probabilities, jax.core.Tracer):
-        return
-    total = np.asarray(jnp.sum(probabilities, axis=-1), dtype=np.float64)
-    tolerance = 1e-8 if probabilities.dtype == jnp.float64 else 1e-4
-    worst = int(np.argmax(np.abs(total - 1)))
-    if not np.abs(total - 1).max() <= tolerance:
-        raise ValueError(
-            f"the completions of prompt {worst} have total probability {total[worst]:.9g}; they must sum to 1 within "
-            f"{tolerance:g} (a completion is missing, or its end token)"
-        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +19,15 @@ import numpy as np
 
 from jax_async_grpo import bias, compositions, exact, sampling, staleness, surrogate, warm_start
 from jax_async_grpo.aggregation import sequence_mean
+from jax_async_grpo.config_checks import (
+    check_integer,
+    check_keys,
+    check_mapping,
+    check_number,
+    check_window,
+    first_line,
+    resolve,
+)
 from jax_async_grpo.types import Params, Policy, Task
 
 __all__ = [
@@ -33,7 +41,6 @@ __all__ = [
     "check_case",
     "chunks",
     "describe",
-    "resolve",
     "validate",
 ]
 
@@ -222,37 +229,21 @@ class Chunk:
         return np.stack([_schedule(cell, seed, num_updates) for cell in self.cells])
 
 
-def resolve(name: str, field: str) -> Any:
-    """The function a dotted name stands for.
-
-    Raises:
-      ValueError: naming the field, when nothing importable has that name, or it cannot be called.
-    """
-    module_name, _, attribute = str(name).rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, SyntaxError, ValueError) as error:
-        raise ValueError(f"config.{field} is {name!r}; it must be an importable dotted name ({error})") from None
-    if not callable(found):
-        raise ValueError(f"config.{field} is {name!r}; it must name a function, not a {type(found).__name__}")
-    return found
-
-
 def validate(config: Mapping[str, Any]) -> None:
     """Raises ValueError on the first thing in the config that cannot be run; builds no task and traces nothing large."""
-    _check_keys(config, _TOP_KEYS, "")
-    _check_integer(config["seed"], "seed", minimum=0)
-    _check_integer(config["max_compositions"], "max_compositions", minimum=1)
-    _check_integer(config["num_bootstrap"], "num_bootstrap", minimum=100)
-    _check_integer(config["group_size"], "group_size", minimum=1)
+    check_keys(config, _TOP_KEYS, "")
+    check_integer(config["seed"], "seed", minimum=0)
+    check_integer(config["max_compositions"], "max_compositions", minimum=1)
+    check_integer(config["num_bootstrap"], "num_bootstrap", minimum=100)
+    check_integer(config["group_size"], "group_size", minimum=1)
     for key in ("confidence", "clip_level", "collapse_fraction"):
-        _check_number(config[key], key, lambda x: 0 < x < 1, "between 0 and 1")
+        check_number(config[key], key, lambda x: 0 < x < 1, "between 0 and 1")
     for key in ("loss_options", "advantage_options", "aggregation_options", "cases"):
-        _check_mapping(config[key], key)
+        check_mapping(config[key], key)
     if not isinstance(config["clip_epsilons"], Sequence) or len(config["clip_epsilons"]) != 2:
         raise ValueError(f"config.clip_epsilons is {config['clip_epsilons']!r}; it must be (epsilon_low, epsilon_high)")
     for value in config["clip_epsilons"]:
-        _check_number(value, "clip_epsilons", lambda x: x > 0, "> 0")
+        check_number(value, "clip_epsilons", lambda x: x > 0, "> 0")
     build_algorithm(config)
     if not config["cases"]:
         raise ValueError("config.cases is empty; there is nothing to measure")
@@ -289,7 +280,7 @@ def build_algorithm(config: Mapping[str, Any]) -> Algorithm:
         try:
             trial()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"config.{key} ({config[key]}) refuses its options: {_first_line(error)}") from None
+            raise ValueError(f"config.{key} ({config[key]}) refuses its options: {first_line(error)}") from None
     return algorithm
 
 
@@ -325,7 +316,7 @@ def build_case(config: Mapping[str, Any], name: str, *, start: bool = True) -> C
         try:
             params = warm_start.supervised(policy, params, task, **dict(part["warm_start"])).params
         except ValueError as error:
-            raise ValueError(f"config.{field}.warm_start: {_first_line(error)}") from None
+            raise ValueError(f"config.{field}.warm_start: {first_line(error)}") from None
     labels = {key: str(part[key]).rpartition(".")[2] for key in ("policy", "optimizer")}
     return Case(
         name=name,
@@ -390,7 +381,7 @@ def check_case(config: Mapping[str, Any], case: Case) -> None:
         jax.eval_shape(lambda p: case.optimizer_fn(0.1).init(p), params)
     except (AttributeError, TypeError, ValueError) as error:
         field = f"config.cases.{case.name}.optimizer"
-        raise ValueError(f"{field} ({case.config['optimizer']}) cannot be used: {_first_line(error)}") from None
+        raise ValueError(f"{field} ({case.config['optimizer']}) cannot be used: {first_line(error)}") from None
     try:
         jax.eval_shape(case.gradient, params, params)
     except (TypeError, ValueError) as error:
@@ -399,7 +390,7 @@ def check_case(config: Mapping[str, Any], case: Case) -> None:
 
 def _refusal(config, error) -> str:
     """The oracle's complaint, with the field it is about."""
-    message = _first_line(error)
+    message = first_line(error)
     key = next((key for key in ("advantage", "aggregation") if message.startswith(f"{key}_fn")), "loss")
     return f"config.{key} is {config[key]!r}: {message}"
 
@@ -465,14 +456,14 @@ def _call(part, key, field, kind, *arguments):
     try:
         made = factory(*arguments, **dict(part[f"{key}_options"]))
     except (ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"config.{field}.{key} ({part[key]}): {_first_line(error)}") from None
+        raise ValueError(f"config.{field}.{key} ({part[key]}): {first_line(error)}") from None
     if not isinstance(made, kind):
         raise ValueError(f"config.{field}.{key} ({part[key]}) returns a {type(made).__name__}; it must be a {kind.__name__}")
     return made
 
 
 def _validate_case(part, field):
-    _check_keys(part, _CASE_KEYS, field)
+    check_keys(part, _CASE_KEYS, field)
     for key, allowed in (("updates", UPDATES), ("schedules", SCHEDULES)):
         unknown = [value for value in part[key] if value not in allowed]
         if unknown or not part[key]:
@@ -483,9 +474,9 @@ def _validate_case(part, field):
         if isinstance(part[key], str) or not isinstance(part[key], Sequence) or not part[key]:
             raise ValueError(f"config.{field}.{key} is {part[key]!r}; it must be a tuple of numbers, not empty")
     for value in part["max_staleness"]:
-        _check_integer(value, f"{field}.max_staleness", minimum=0)
+        check_integer(value, f"{field}.max_staleness", minimum=0)
     for value in part["learning_rates"]:
-        _check_number(value, f"{field}.learning_rates", lambda x: x > 0, "> 0")
+        check_number(value, f"{field}.learning_rates", lambda x: x > 0, "> 0")
     for key in ("updates", "schedules", "max_staleness", "learning_rates"):
         # chunks are told apart by six digits of the learning rate
         shown = [value if isinstance(value, str) else f"{value:g}" for value in part[key]]
@@ -493,9 +484,9 @@ def _validate_case(part, field):
         if twice is not None:
             raise ValueError(f"config.{field}.{key} is {tuple(part[key])}; {twice} stands there twice")
     for key in ("time_window", "fit_window"):
-        _check_window(part[key], f"{field}.{key}")
+        check_window(part[key], f"{field}.{key}")
     for key in ("policy_options", "task_options", "optimizer_options", "warm_start"):
-        _check_mapping(part[key], f"{field}.{key}")
+        check_mapping(part[key], f"{field}.{key}")
     options = inspect.signature(warm_start.supervised).parameters
     for key in part["warm_start"]:
         if key not in options:
@@ -503,11 +494,11 @@ def _validate_case(part, field):
     for key in ("vectorize", "first_order"):
         if not isinstance(part[key], bool):
             raise ValueError(f"config.{field}.{key} is {part[key]!r}; it must be True or False")
-    _check_integer(part["num_measurements"], f"{field}.num_measurements", minimum=2)
-    _check_integer(part["num_seeds"], f"{field}.num_seeds", minimum=1)
-    _check_integer(part["horizon_updates"], f"{field}.horizon_updates", minimum=0)
+    check_integer(part["num_measurements"], f"{field}.num_measurements", minimum=2)
+    check_integer(part["num_seeds"], f"{field}.num_seeds", minimum=1)
+    check_integer(part["horizon_updates"], f"{field}.horizon_updates", minimum=0)
     if part["horizon_updates"]:
-        _check_number(part["horizon_learning_rate"], f"{field}.horizon_learning_rate", lambda x: x > 0, "> 0")
+        check_number(part["horizon_learning_rate"], f"{field}.horizon_learning_rate", lambda x: x > 0, "> 0")
     for key in ("policy", "task", "optimizer"):
         resolve(part[key], f"{field}.{key}")
     first_step = part["time_window"][0] / max(part["learning_rates"])
@@ -524,41 +515,3 @@ def _validate_case(part, field):
             f"config.{field}.time_window ends at eta*t = {part['time_window'][1]:g}, update {last_step:.3g} at the smallest "
             f"learning rate; at most {MAX_UPDATES} updates are allowed"
         )
-
-
-def _check_keys(part, known, field):
-    prefix = f"config.{field}." if field else "config."
-    _check_mapping(part, field)
-    for key in part:
-        if key not in known:
-            raise ValueError(f"{prefix}{key} is not a key of this job; the keys are {', '.join(known)}")
-    for key in known:
-        if key not in part:
-            raise ValueError(f"{prefix}{key} is missing")
-
-
-def _check_mapping(value, field):
-    if not isinstance(value, Mapping):
-        raise ValueError(f"config.{field} is {value!r}; it must be a ConfigDict")
-
-
-def _check_window(value, field):
-    pair = tuple(value) if isinstance(value, Sequence) else ()
-    is_number = len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
-    if not is_number or not 0 <= pair[0] < pair[1] < math.inf:
-        raise ValueError(f"config.{field} is {value!r}; it must be (low, high) with 0 <= low < high")
-
-
-def _check_integer(value, field, *, minimum):
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < minimum:
-        raise ValueError(f"config.{field} is {value!r}; it must be an integer >= {minimum}")
-
-
-def _check_number(value, field, is_allowed, allowed):
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not is_allowed(value):
-        raise ValueError(f"config.{field} is {value!r}; it must be a number {allowed}")
-
-
-def _first_line(error) -> str:
-    return str(error).strip().split("\n")[0]

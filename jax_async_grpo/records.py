@@ -177,7 +177,11 @@ class Workdir:
 
     def append_metrics(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Appends rows to metrics.jsonl."""
-        append_jsonl(self.path / "metrics.jsonl", rows)
+        self.append_rows("metrics.jsonl", rows)
+
+    def append_rows(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Appends rows to a JSONL file of the folder."""
+        append_jsonl(self.path / name, rows)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far."""

@@ -230,6 +230,22 @@ def test_digit_sum_rewards_the_sum(num_prompts, num_digits, base):
         assert sum(answer) == 1
 
 
+def test_sums_of_variable_length_are_said_without_leading_zeros():
+    task = tasks.digit_sum(5, 3, 2, partial_credit=True, variable_length=True, seed=1)
+    assert task.completions.shape == (2 + 4 + 8, 3) and task.vocab_size == 4 and task.end_token == 3
+    assert sorted(set(task.mask.sum(1).tolist())) == [2, 3]
+    for prompt, rewards in zip(task.prompts, task.rewards, strict=True):
+        total = int("".join(map(str, prompt[:3])), 2) + int("".join(map(str, prompt[4:])), 2)
+        for completion, reward in zip(task.completions, rewards, strict=True):
+            text = "".join(str(token) for token in completion if token < 2)
+            assert reward == (1.0 if text == bin(total)[2:] else 0.5 * (int(text[-1]) == total % 2))
+    assert (task.rewards == 1).sum(1).tolist() == [1] * 5
+    strict = tasks.digit_sum(5, 3, 2, variable_length=True, seed=1)
+    np.testing.assert_array_equal(strict.rewards, task.rewards == 1)
+    with pytest.raises(ValueError, match="base=11"):
+        tasks.digit_sum(2, 2, 11, variable_length=True)
+
+
 def test_digit_sum_partial_credit_counts_right_digits():
     whole, partial = (tasks.digit_sum(4, 3, 3, partial_credit=credit, seed=1) for credit in (False, True))
     np.testing.assert_array_equal(whole.prompts, partial.prompts)

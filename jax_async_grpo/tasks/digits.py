@@ -12,7 +12,13 @@ __all__ = ["digit_sum"]
 
 
 def digit_sum(
-    num_prompts: int = 8, num_digits: int = 2, base: int = 10, *, partial_credit: bool = False, seed: int = 0
+    num_prompts: int = 8,
+    num_digits: int = 2,
+    base: int = 10,
+    *,
+    partial_credit: bool = False,
+    variable_length: bool = False,
+    seed: int = 0,
 ) -> Task:
     """Sums a + b < base^num_digits, every number written with `num_digits` digits, the most significant first.
 
@@ -23,11 +29,14 @@ def digit_sum(
       num_prompts: B.
       num_digits: digits of each operand and of the sum.
       base: number of digits of the number system.
-      partial_credit: False gives reward 1 to the right sum and 0 to all others; True gives k/num_digits for k right digits.
+      partial_credit: False gives reward 1 to the right sum and 0 to all others; True gives k/num_digits for k right digits, or,
+        where the length varies, 1/2 for a right last digit.
+      variable_length: sums are said without leading zeros in 1 to num_digits digits and closed by an end token, base + 1,
+        unless they have num_digits of them; V = base + 2 and Y = Σ_k base^k.
       seed: of the operands.
 
     Returns:
-      The task; all completions have the same length, so there is no end token.
+      The task; without `variable_length` all completions have the same length, so there is no end token.
 
     Raises:
       ValueError: an argument below its minimum, more prompts than pairs that fit, or too many completions.
@@ -40,17 +49,48 @@ def digit_sum(
     for name, value, least in (("num_prompts", num_prompts, 1), ("num_digits", num_digits, 1), ("base", base, 2)):
         if value < least:
             raise ValueError(f"{name}={value} must be at least {least}")
+    if variable_length and base > 10:
+        raise ValueError(f"base={base} must be at most 10 where the length varies")
     num_pairs = base**num_digits * (base**num_digits + 1) // 2
     if num_prompts > num_pairs:
         raise ValueError(f"num_prompts={num_prompts} must be at most {num_pairs}, the sums of {num_digits} base-{base} digits")
+    if variable_length:
+        return _of_variable_length(num_prompts, num_digits, base, num_pairs, partial_credit, seed)
     allowed = np.tile(np.arange(base + 1) < base, (num_digits, 1))
     completions, mask = enumerate_completions(allowed)
-    first, second = _draw_operands(num_prompts, num_pairs, seed)
-    plus = np.full((num_prompts, 1), base)
-    prompts = np.concatenate([_to_digits(first, num_digits, base), plus, _to_digits(second, num_digits, base)], axis=1)
+    prompts, first, second = _draw_prompts(num_prompts, num_pairs, num_digits, base, seed)
     right = completions[None] == _to_digits(first + second, num_digits, base)[:, None]
     rewards = right.mean(axis=-1) if partial_credit else right.all(axis=-1)
     return make_task("digit_sum", prompts=prompts, completions=completions, mask=mask, allowed=allowed, rewards=rewards)
+
+
+def _of_variable_length(num_prompts, num_digits, base, num_pairs, partial_credit, seed) -> Task:
+    plus, end = base, base + 1
+    allowed = np.tile(np.arange(base + 2) != plus, (num_digits, 1))
+    allowed[0, end] = False
+    completions, mask = enumerate_completions(allowed, end_token=end)
+    prompts, first, second = _draw_prompts(num_prompts, num_pairs, num_digits, base, seed)
+    said = ["".join(map(str, row[row < base])) for row in completions]
+    answers = [np.base_repr(total, base) for total in first + second]
+    partial = 0.5 if partial_credit else 0.0
+    rewards = [[1.0 if text == answer else partial * (text[-1] == answer[-1]) for text in said] for answer in answers]
+    return make_task(
+        "digit_sum",
+        prompts=prompts,
+        completions=completions,
+        mask=mask,
+        allowed=allowed,
+        rewards=np.array(rewards),
+        end_token=end,
+    )
+
+
+def _draw_prompts(num_prompts, num_pairs, num_digits, base, seed):
+    """[B, P] tokens "a + b", and the operands."""
+    first, second = _draw_operands(num_prompts, num_pairs, seed)
+    plus = np.full((num_prompts, 1), base)
+    prompts = np.concatenate([_to_digits(first, num_digits, base), plus, _to_digits(second, num_digits, base)], axis=1)
+    return prompts, first, second
 
 
 def _draw_operands(num_prompts: int, num_pairs: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
