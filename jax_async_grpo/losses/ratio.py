@@ -134,7 +134,7 @@ def sapo(
     check_positive(temperature_positive=temperature_positive, temperature_negative=temperature_negative)
     logprobs, old_logprobs, advantages, valid = policy_inputs(logprobs, old_logprobs, advantages, mask)
     temperature = jnp.where(advantages > 0, temperature_positive, temperature_negative).astype(logprobs.dtype)
-    gate = jax.nn.sigmoid(temperature * jnp.expm1(logprobs - old_logprobs))
+    gate = jax.nn.sigmoid(temperature * (jnp.exp(logprobs - old_logprobs) - 1.0))
     return valid_only(-4.0 / temperature * gate * advantages, valid)
 
 
