@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import cmath
+import doctest
 import functools
 import inspect
 import math
 import re
+import sys
 from pathlib import Path
 
 import jax
@@ -786,3 +788,9 @@ def test_the_document_runs():
     (block,) = re.findall(r"^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     exec(compile(block, "docs/corrections.md", "exec"), {"__name__": "document"})
     assert [name for name in corrections.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+@pytest.mark.parametrize("function", [corrections.token_tis, corrections.proximal_fraction, corrections.corrected])
+def test_examples_in_docstrings(function):
+    result = doctest.testmod(sys.modules[function.__module__])
+    assert result.attempted and not result.failed
