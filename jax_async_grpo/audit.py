@@ -1,0 +1,317 @@
+"""The audit of losses: the exact staleness bias of every loss × correction at the same stale points.
+
+The points come from runs of one reference loss with exact updates, a run per (S, η); every loss is measured at each of them
+through its closed form, so that losses are compared at matched drift. What couples rows is refused with the oracle's reason.
+The records in audit.jsonl are told apart by `kind`: "point" (a loss at one (S, η)), "curve" (δ along one direction of drift,
+the first-order law and its check), "refused", and "entry", written last, so that an entry without it does not count.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_async_grpo import bias, closed_form, corrections, experiment, moments
+from jax_async_grpo.audit_points import Points, build_points, guard_step, reference_case
+from jax_async_grpo.compiling import jit_once
+from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, first_line, resolve
+from jax_async_grpo.records import Workdir, read_jsonl
+
+__all__ = ["RECORDS", "Entry", "entries", "finished_entries", "run_entries", "validate"]
+
+RECORDS = "audit.jsonl"
+_KEYS = (
+    "seed",
+    "group_size",
+    "advantage",
+    "advantage_options",
+    "aggregation",
+    "aggregation_options",
+    "max_compositions",
+    "policy",
+    "policy_options",
+    "task",
+    "task_options",
+    "optimizer",
+    "optimizer_options",
+    "reference_loss",
+    "time",
+    "max_staleness",
+    "learning_rates",
+    "rank_at",
+    "drifts",
+    "proximal_fraction",
+    "saturation",
+    "losses",
+    "corrections",
+    "extra_losses",
+)
+
+
+class Entry(NamedTuple):
+    """One line of the audit's table.
+
+    Attributes:
+      loss, correction: names in the config; correction "none" is the loss alone.
+      loss_fn: the loss, correction included.
+      proximal: True where the ratio's denominator is the proximal policy, False where it is the behavior policy.
+    """
+
+    loss: str
+    correction: str
+    loss_fn: Callable
+    proximal: bool
+
+    @property
+    def name(self) -> str:
+        """Unique within a config."""
+        return f"{self.loss}/{self.correction}"
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """Raises ValueError, naming the field, on what cannot be run."""
+    check_keys(config, _KEYS, "")
+    check_integer(config["seed"], "seed", minimum=0)
+    check_integer(config["group_size"], "group_size", minimum=2)
+    check_integer(config["max_compositions"], "max_compositions", minimum=1)
+    check_number(config["time"], "time", lambda x: x > 0, "> 0")
+    check_number(config["proximal_fraction"], "proximal_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
+    check_number(config["saturation"], "saturation", lambda x: 0 < x < 1, "between 0 and 1")
+    for key in ("advantage_options", "aggregation_options", "policy_options", "task_options", "optimizer_options", "losses"):
+        check_mapping(config[key], key)
+    check_mapping(config["corrections"], "corrections")
+    for key in ("max_staleness", "learning_rates", "drifts", "rank_at"):
+        if isinstance(config[key], str) or not isinstance(config[key], Sequence) or not config[key]:
+            raise ValueError(f"config.{key} is {config[key]!r}; it must be a tuple of numbers, not empty")
+    for value in config["max_staleness"]:
+        check_integer(value, "max_staleness", minimum=0)
+    for key in ("learning_rates", "drifts"):
+        for value in config[key]:
+            check_number(value, key, lambda x: x > 0, "> 0")
+    _check_grid(config)
+    if not config["losses"] and not config["extra_losses"]:
+        raise ValueError("config.losses is empty and so is config.extra_losses; there is nothing to audit")
+    for name, part in config["losses"].items():
+        check_keys(part, ("fn", "options", "corrected", "proximal"), f"losses.{name}")
+    for name, part in config["corrections"].items():
+        check_keys(part, ("fn", "options"), f"corrections.{name}")
+    if not isinstance(config["extra_losses"], str):
+        raise ValueError(f"config.extra_losses is {config['extra_losses']!r}; it must be dotted names, separated by commas")
+    for entry in entries(config):
+        _try(entry)
+
+
+def entries(config: Mapping[str, Any]) -> list[Entry]:
+    """Every loss alone, then beside every correction, in the order of the config; the user's own losses come first.
+
+    Raises:
+      ValueError: naming the field, where a dotted name cannot be found.
+    """
+    own = [name.strip() for name in config["extra_losses"].split(",") if name.strip()]
+    parts = {name.rpartition(".")[2]: dict(fn=name, options={}, corrected=True, proximal=False) for name in own}
+    fields = {name: "extra_losses" for name in parts} | {name: f"losses.{name}" for name in config["losses"]}
+    made = []
+    for name, part in {**parts, **config["losses"]}.items():
+        loss_fn = _function(part, fields[name])
+        made.append(Entry(name, "none", loss_fn, part["proximal"]))
+        if part["corrected"]:
+            for other, correction in config["corrections"].items():
+                weights = _function(correction, f"corrections.{other}")
+                made.append(Entry(name, other, corrections.corrected(loss_fn, weights), True))
+    return made
+
+
+def finished_entries(rows: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Names of the entries whose records are complete."""
+    return {row["entry"] for row in rows if row["kind"] == "entry"}
+
+
+def run_entries(config: Mapping[str, Any], workdir: Workdir, on_progress: Callable[[Entry], None]) -> None:
+    """Measures every entry that the workdir does not hold yet.
+
+    Args:
+      config: validated.
+      workdir: where audit.jsonl goes.
+      on_progress: called after each entry.
+
+    Raises:
+      ValueError: a stale point without drift, or a control whose bias is not exactly 0.
+    """
+    done = finished_entries(read_jsonl(workdir.path / RECORDS))
+    todo = [entry for entry in entries(config) if entry.name not in done]
+    for entry in entries(config):
+        if entry.name in done:
+            on_progress(entry)
+    if not todo:
+        return
+    case = reference_case(config)
+    points = build_points(config, case)
+    for entry in todo:
+        workdir.append_rows(RECORDS, _audit(config, case, points, entry))
+        on_progress(entry)
+
+
+def _audit(config, case: experiment.Case, points: Points, entry: Entry) -> list[dict[str, Any]]:
+    """All records of one entry."""
+    identity = {"entry": entry.name, "loss": entry.loss, "correction": entry.correction}
+    done = {"kind": "entry", **identity}
+    try:
+        measured = jax.device_get(_compiled(case, entry, config["proximal_fraction"])(*points.arrays()))
+    except ValueError as error:
+        return [{"kind": "refused", **identity, "reason": first_line(error)}, done]
+    kinds = np.array([label["kind"] for label in points.labels])
+    rows = []
+    for index in np.flatnonzero(kinds == "point"):
+        numbers = {name: value[index].item() for name, value in measured.items() if np.ndim(value) == 1}
+        label = points.labels[index]
+        if label["max_staleness"] == 0 and numbers["bias/norm"] != 0:
+            raise ValueError(f"{entry.name}: the control at S = 0 has bias {numbers['bias/norm']:.3e}; it must be exactly 0")
+        rows.append({**label, **identity, "drift/from_behavior": float(points.drift[index]), **numbers})
+    rows.append({"kind": "curve", **identity, **_curve(config, case, points, measured, kinds)})
+    return [*rows, done]
+
+
+def _curve(config, case, points: Points, measured, kinds) -> dict[str, Any]:
+    """δ against drift along one direction, the first-order coefficient or why there is none, and where the law ends."""
+    on_curve = np.flatnonzero(kinds == "curve")
+    drifts, norms = points.drift[on_curve], measured["bias/norm"][on_curve]
+    center = int(np.flatnonzero(kinds == "anchor")[0])
+    ahead, behind, ahead_near, behind_near = (measured["stale_gradient"][i] for i in np.flatnonzero(kinds == "guard"))
+    derivative = measured["derivative"][center] / points.drift[center]
+    row = {
+        "drift/from_behavior": drifts.tolist(),
+        "bias/norm": norms.tolist(),
+        "bias/relative_norm": measured["bias/relative_norm"][on_curve].tolist(),
+    }
+    try:
+        bias.check_derivative(
+            derivative,
+            measured["fresh_gradient"][center],
+            [(ahead, behind), (ahead_near, behind_near)],
+            step=guard_step(case.params),
+        )
+    except bias.FirstOrderError as error:
+        return row | {"first_order_coefficient": None, "saturation_drift": None, "kink": str(error)}
+    coefficient = float(np.linalg.norm(derivative))
+    left = np.abs(norms - coefficient * drifts) > config["saturation"] * coefficient * drifts
+    saturation = float(drifts[np.argmax(left)]) if left.any() else math.inf
+    return row | {"first_order_coefficient": coefficient, "saturation_drift": saturation, "kink": None}
+
+
+def _compiled(case: experiment.Case, entry: Entry, proximal_fraction: float) -> Callable:
+    """The arrays of `Points` -> everything measured there, with the same leading axis."""
+
+    def groups_of(learner, denominator, sampling, statistics):
+        return closed_form.enumerate_groups(
+            learner,
+            denominator["behavior"],
+            case.task.rewards,
+            case.task.mask,
+            group_size=case.algorithm.group_size,
+            loss_fn=entry.loss_fn,
+            advantage_fn=case.algorithm.advantage_fn,
+            aggregation_fn=case.algorithm.aggregation_fn,
+            proximal_logprobs=denominator["proximal"] if entry.proximal else None,
+            sampling_logprobs=sampling,
+            statistics_logprobs=statistics,
+            detached_logprobs=learner,
+            max_compositions=case.algorithm.max_compositions,
+        )
+
+    def table(learner, denominator):
+        groups = groups_of(learner, denominator, denominator["behavior"], denominator["behavior"])
+        return closed_form.row_gradients(groups, entry.loss_fn, case.algorithm.aggregation_fn)
+
+    def gradient(groups, rows, jacobian):
+        return jnp.einsum("by,bc,bycl,byld->d", groups.own, groups.others, rows, jacobian) / len(case.task.prompts)
+
+    def of_point(arguments):
+        learner, behavior, proximal, tangent, jacobian = arguments
+        fresh, stale = {"behavior": learner, "proximal": learner}, {"behavior": behavior, "proximal": proximal}
+        # fresh and stale are two turns of one loop body, so that a point without drift has a bias of exactly 0
+        both = jax.tree.map(lambda *x: jnp.stack(x), fresh, stale)
+        tables = jax.lax.map(functools.partial(table, learner), both)
+        subsets = jnp.asarray(list(itertools.product((0, 1), repeat=3)))
+
+        def of_subset(which):
+            pick = [both["behavior"][which[0]], both["behavior"][which[2]]]
+            denominator = jax.tree.map(lambda x: x[which[1]], both)
+            groups = groups_of(learner, denominator, *pick)
+            return gradient(groups, tables[which[1]], jacobian)
+
+        gradients = jax.lax.map(of_subset, subsets)
+        groups = groups_of(learner, stale, behavior, behavior)
+        spread = {
+            "grad/variance": moments.gradient_moments(groups, jacobian, tables[1]).variance,
+            "zero_gradient_fraction": moments.zero_gradient_fraction(groups, tables[1]),
+        }
+
+        def of_behavior(denominator):
+            own = groups_of(learner, denominator, denominator["behavior"], denominator["behavior"])
+            return gradient(own, table(learner, denominator), jacobian)
+
+        direction = {"behavior": tangent, "proximal": proximal_fraction * tangent}
+        return _numbers(gradients) | spread | {"derivative": jax.jvp(of_behavior, (fresh,), (direction,))[1]}
+
+    return jit_once(lambda *points: jax.lax.map(of_point, points))
+
+
+def _numbers(gradients: jax.Array) -> dict[str, jax.Array]:
+    """δ beside the fresh gradient and the share ⟨part, δ⟩/‖δ‖² of each role, from H of the eight subsets of stale roles."""
+    fresh, stale = gradients[0], gradients[-1]
+    delta = stale - fresh
+    norm, fresh_norm, stale_norm = (jnp.linalg.norm(x) for x in (delta, fresh, stale))
+    of_subset = dict(zip(itertools.product((0, 1), repeat=3), gradients, strict=True))
+    shares = [bias.shapley_share(of_subset, role)[0] for role in range(3)]
+    numbers = {
+        "bias/norm": norm,
+        "bias/relative_norm": jnp.where(norm == 0, 0.0, norm / fresh_norm),
+        "bias/cosine": jnp.vdot(stale, fresh) / (stale_norm * fresh_norm),
+        "grad/fresh_norm": fresh_norm,
+        "grad/norm": stale_norm,
+        "fresh_gradient": fresh,
+        "stale_gradient": stale,
+    }
+    for role, share in zip(bias.ROLES, shares, strict=True):
+        numbers[f"share/{role}"] = jnp.vdot(share, delta) / jnp.where(norm == 0, 1.0, norm**2)
+    return numbers
+
+
+def _function(part, field: str) -> Callable:
+    resolved = resolve(part["fn"], field if field == "extra_losses" else f"{field}.fn")
+    return functools.partial(resolved, **dict(part["options"])) if part["options"] else resolved
+
+
+def _try(entry: Entry) -> None:
+    """The entry on two rows of three tokens, by shape alone: bad options show here."""
+    token = jax.ShapeDtypeStruct((2, 3), jnp.float32)
+    wanted = [
+        name for name in closed_form.named_parameters(entry.loss_fn) if name in ("behavior_logprobs", "detached_logprobs")
+    ]
+    try:
+        jax.eval_shape(
+            entry.loss_fn, token, token, jax.ShapeDtypeStruct((2,), jnp.float32), None, **dict.fromkeys(wanted, token)
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{entry.name} of the config refuses its options: {first_line(error)}") from None
+
+
+def _check_grid(config) -> None:
+    if tuple(config["rank_at"]) not in itertools.product(config["max_staleness"], config["learning_rates"]):
+        raise ValueError(
+            f"config.rank_at is {tuple(config['rank_at'])}; it must be one (S, eta) of max_staleness x learning_rates"
+        )
+    if config["rank_at"][0] == 0:
+        raise ValueError("config.rank_at has S = 0, where every bias is 0; take a larger S")
+    if config["time"] / max(config["learning_rates"]) < max(*config["max_staleness"], 1):
+        raise ValueError(
+            f"config.time is {config['time']:g}: at the largest learning rate that is fewer updates than the largest S; "
+            f"raise it to {max(config['max_staleness']) * max(config['learning_rates']):g} or more"
+        )

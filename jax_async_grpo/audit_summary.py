@@ -1,0 +1,258 @@
+"""The audit's table, page and figures, recomputed from its records alone.
+
+A line of the table is one loss × correction at the ranking point (S, η) of the config, ordered by relative bias; what the
+oracle refused stands below with the reason.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from jax_async_grpo.records import atomic_path, write_text
+
+__all__ = [
+    "LEGEND",
+    "bias_variance_figure",
+    "curves_figure",
+    "html_page",
+    "lines",
+    "markdown_table",
+    "refused",
+    "summary",
+    "write_report",
+]
+
+Row = Mapping[str, Any]
+
+_COLUMNS = {
+    "loss": "loss",
+    "correction": "correction",
+    "relative_bias": "relative bias",
+    "cosine": "cosine",
+    "sampling": "sampling",
+    "denominator": "denominator",
+    "statistics": "statistics",
+    "zero_gradient": "no gradient",
+    "relative_slope": "slope at 0",
+    "saturation": "law holds to",
+    "relative_std": "std",
+}
+LEGEND = (
+    "relative bias: ‖H(θ,φ) − H(θ,θ)‖/‖H(θ,θ)‖, exact · cosine: between the stale and the fresh gradient · sampling, "
+    "denominator, statistics: share of the bias by the role in which the behavior policy is stale, 1 in sum · no gradient: "
+    "expected share of the tokens with an advantage whose gradient is 0 · slope at 0: relative bias per unit of drift to first "
+    "order, 'kink' where there is none · law holds to: the first drift of the curve at which the bias leaves the first-order "
+    "law · std: of the gradient of one sampled batch, relative to ‖H(θ,θ)‖, exact"
+)
+
+
+def lines(rows: Sequence[Row], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The table as dicts by ascending relative bias; entries without complete records are left out."""
+    done = {row["entry"] for row in rows if row["kind"] == "entry"}
+    curves = {row["entry"]: row for row in rows if row["kind"] == "curve"}
+    staleness, rate = config["rank_at"]
+    at = [
+        row
+        for row in rows
+        if row["kind"] == "point" and (row["max_staleness"], row["learning_rate"]) == (staleness, rate) and row["entry"] in done
+    ]
+    return sorted((_line(row, curves[row["entry"]]) for row in at), key=lambda line: line["relative_bias"])
+
+
+def _line(row: Row, curve: Row) -> dict[str, Any]:
+    fresh = row["grad/fresh_norm"]
+    slope = curve["first_order_coefficient"]
+    return {
+        "loss": row["loss"],
+        "correction": row["correction"],
+        "relative_bias": row["bias/relative_norm"],
+        "cosine": row["bias/cosine"],
+        **{role: row[f"share/{role}"] for role in ("sampling", "denominator", "statistics")},
+        "zero_gradient": row["zero_gradient_fraction"],
+        "relative_slope": None if slope is None else slope / fresh,
+        "saturation": curve["saturation_drift"],
+        "relative_std": math.sqrt(row["grad/variance"]) / fresh,
+        "kink": curve["kink"],
+    }
+
+
+def refused(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Loss, correction and reason of what the closed form does not take."""
+    return [{key: row[key] for key in ("loss", "correction", "reason")} for row in rows if row["kind"] == "refused"]
+
+
+def summary(rows: Sequence[Row], config: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, Any]:
+    """What summary.json holds: the table, the refusals, the largest bias of a control and the versions."""
+    controls = [row["bias/norm"] for row in rows if row["kind"] == "point" and row["max_staleness"] == 0]
+    return {
+        "ranked_at": dict(zip(("max_staleness", "learning_rate"), config["rank_at"], strict=True)),
+        "table": lines(rows, config),
+        "refused": refused(rows),
+        "control_bias": max(controls, default=None),
+        "versions": dict(versions),
+    }
+
+
+def markdown_table(table: Sequence[Row], *, limit: int | None = None) -> str:
+    """The lines of `lines` as a GitHub table, the first `limit` of them."""
+    return tabulate([_cells(line) for line in table[:limit]], list(_COLUMNS.values()), tablefmt="github", disable_numparse=True)
+
+
+def html_page(table: Sequence[Row], refusals: Sequence[Row], title: str) -> str:
+    """The whole table as one page without outside resources."""
+    body = tabulate([_cells(line) for line in table], list(_COLUMNS.values()), tablefmt="html", disable_numparse=True)
+    reasons = "".join(
+        f"<li><b>{html.escape(row['loss'])}</b> ({html.escape(row['correction'])}): {html.escape(row['reason'])}</li>"
+        for row in refusals
+    )
+    style = (
+        "body{font:14px system-ui,sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse}"
+        "th{position:sticky;top:0;background:#fff}td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}"
+        "td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
+    )
+    kept = f"<h2>Refused by the closed form</h2><ul>{reasons}</ul>" if reasons else ""
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(LEGEND)}</p>{body}{kept}</html>\n"
+    )
+
+
+def write_report(rows: Sequence[Row], result: Mapping[str, Any], folder: os.PathLike) -> list[str]:
+    """Writes audit.md, audit.html and, once an entry is finished, the two figures; returns the names of the files."""
+    at = result["ranked_at"]
+    title = f"Staleness bias of policy losses at S = {at['max_staleness']}, η = {at['learning_rate']:g}"
+    table, refusals = result["table"], result["refused"]
+    below = [f"- `{row['loss']}` ({row['correction']}): {row['reason']}" for row in refusals]
+    text = [
+        f"# {title}",
+        "",
+        LEGEND,
+        "",
+        markdown_table(table),
+        "",
+        *(["Refused by the closed form:", "", *below, ""] if below else []),
+    ]
+    write_text(os.path.join(folder, "audit.md"), "\n".join(text))
+    write_text(os.path.join(folder, "audit.html"), html_page(table, refusals, title))
+    if not table:
+        return ["audit.md", "audit.html"]
+    bias_variance_figure(table, os.path.join(folder, "bias_variance.png"))
+    curves_figure(rows, os.path.join(folder, "curves.png"))
+    return ["audit.md", "audit.html", "bias_variance.png", "curves.png"]
+
+
+def _cells(line: Row) -> list[str]:
+    return [_shown(key, line) for key in _COLUMNS]
+
+
+def _shown(key: str, line: Row) -> str:
+    value = line[key]
+    if isinstance(value, str):
+        return value
+    if value is None:
+        return "kink"
+    if key == "saturation":
+        return "the end" if math.isinf(value) else f"{value:.2g}"
+    return f"{value:.4f}" if key in ("relative_bias", "cosine") else f"{value:.2f}"
+
+
+def bias_variance_figure(table: Sequence[Row], path: str | os.PathLike) -> Figure:
+    """Relative bias against the scatter of a sampled gradient, a point per line: what staleness costs and what its cure does.
+
+    Color is the correction; losses are named where they stand alone. Lower left is better.
+
+    Raises:
+      ValueError: no line has a positive bias.
+    """
+    drawn = [line for line in table if line["relative_bias"] > 0 and line["relative_std"] > 0]
+    if not drawn:
+        raise ValueError("no line of the table has a positive bias and spread to draw")
+    names = list(dict.fromkeys(line["correction"] for line in drawn))
+    figure = Figure(figsize=(9, 6), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    for index, name in enumerate(names):
+        mine = [line for line in drawn if line["correction"] == name]
+        color = "black" if name == "none" else colormaps["tab10"](index % 10)
+        x, y = ([line[key] for line in mine] for key in ("relative_std", "relative_bias"))
+        ax.scatter(x, y, s=34 if name == "none" else 16, color=color, label=name, zorder=3 if name == "none" else 2)
+    for line, (x, y) in _spaced([line for line in drawn if line["correction"] == "none"]):
+        ax.annotate(
+            line["loss"],
+            (line["relative_std"], line["relative_bias"]),
+            xytext=(x, y),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            arrowprops=dict(arrowstyle="-", color="0.75", linewidth=0.5),
+        )
+    ax.set(yscale="log", xlabel=r"scatter of one sampled gradient, $\sqrt{E\Vert\hat g-H\Vert^2}/\Vert H(\theta,\theta)\Vert$")
+    ax.set_ylabel(r"relative staleness bias $\Vert\delta\Vert/\Vert H(\theta,\theta)\Vert$")
+    ax.grid(True, which="major", color="0.92")
+    ax.set_axisbelow(True)
+    ax.set_xlim(right=ax.get_xlim()[1] + 0.45 * (ax.get_xlim()[1] - ax.get_xlim()[0]))
+    ax.legend(title="correction", fontsize=7, title_fontsize=7, loc="upper left")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return figure
+
+
+def _spaced(table: Sequence[Row]) -> Iterable[tuple[Row, tuple[float, float]]]:
+    """Places for the names: a column at the right, in the order of the bias, evenly spaced so that none lies on another."""
+    ordered = sorted(table, key=lambda line: line["relative_bias"])
+    heights = np.linspace(0.03, 0.97, max(len(ordered), 2))
+    return [(line, (0.8, float(height))) for line, height in zip(ordered, heights, strict=False)]
+
+
+def curves_figure(rows: Sequence[Row], path: str | os.PathLike) -> Figure:
+    """δ against drift, a small panel per loss: the loss alone in black, beside its corrections; dotted its first-order law.
+
+    Raises:
+      ValueError: there is no curve.
+    """
+    curves = [row for row in rows if row["kind"] == "curve"]
+    if not curves:
+        raise ValueError("there is no finished entry to draw")
+    losses = list(dict.fromkeys(row["loss"] for row in curves))
+    names = list(dict.fromkeys(row["correction"] for row in curves))
+    columns = min(5, len(losses))
+    lines_of_panels = -(-len(losses) // columns)
+    figure = Figure(figsize=(2.3 * columns + 0.4, 2.0 * lines_of_panels + 0.9), dpi=140, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines_of_panels, columns, squeeze=False, sharex=True, sharey=True)
+    for ax, loss in zip(axes.flat, losses, strict=False):
+        _draw_curves(ax, [row for row in curves if row["loss"] == loss], names)
+        ax.set_title(loss, fontsize=8, loc="left")
+    for ax in axes.flat[len(losses) :]:
+        ax.remove()
+    figure.supxlabel(r"drift $\Vert\theta-\varphi\Vert$", fontsize=9)
+    figure.supylabel(r"relative bias $\Vert\delta\Vert/\Vert H(\theta,\theta)\Vert$", fontsize=9)
+    handles = {line.get_label(): line for ax in figure.axes for line in ax.get_lines() if not line.get_label().startswith("_")}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+    return figure
+
+
+def _draw_curves(ax, curves: Sequence[Row], names: Sequence[str]) -> None:
+    for row in curves:
+        alone = row["correction"] == "none"
+        x, y = np.array(row["drift/from_behavior"]), np.array(row["bias/relative_norm"])
+        color = "black" if alone else colormaps["tab10"](names.index(row["correction"]) % 10)
+        ax.plot(x, y, color=color, linewidth=1.6 if alone else 0.9, label=row["correction"], zorder=3 if alone else 2)
+        if alone and row["first_order_coefficient"] is not None:
+            law = row["first_order_coefficient"] * x * (y[0] / row["bias/norm"][0])
+            ax.plot(x, law, color="0.5", linestyle=":", linewidth=1.0, label="first-order law", zorder=1)
+    ax.set(xscale="log", yscale="log", ylim=(1e-3, 1e2))
+    ax.tick_params(labelsize=6)
+    ax.grid(True, which="major", color="0.92")

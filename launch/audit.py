@@ -1,0 +1,71 @@
+"""Measures what staleness does to each loss: the exact bias of every loss × correction at the same stale points.
+
+python -m launch.audit --config=configs/audit.py --workdir=DIR [--config.extra_losses=my_package.my_loss] [--overwrite]
+"""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+from tqdm import tqdm
+
+from jax_async_grpo import audit, audit_summary, records
+from launch import command_line
+
+# Keys the config lacks pass here, so that the job's own check can name them and say which there are.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file, such as configs/audit.py.", lock_config=False, accept_new_attributes=True
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for config.json, audit.jsonl, summary.json, the table and figures.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be audited, measure nothing.")
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh in a workdir that holds another run; other files stay.")
+_WRITTEN = ("audit.jsonl", "audit.md", "audit.html", "bias_variance.png", "curves.png")
+
+
+def main() -> int:
+    # The bias is measured in float64, which accelerators lack or emulate slowly.
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    if not _CONFIG.present or not (_WORKDIR.value or _DRY_RUN.value):
+        raise ValueError("give --config=configs/audit.py and --workdir=DIR (or --dry_run)")
+    config = command_line.read_config(_CONFIG)
+    audit.validate(config)
+    entries = audit.entries(config)
+    if _DRY_RUN.value:
+        print(*(entry.name for entry in entries), f"{len(entries)} entries", sep="\n")
+        return 0
+    workdir = records.open_workdir(_WORKDIR.value, config, overwrite=_OVERWRITE.value, figures=_WRITTEN)
+    interrupted = False
+    with tqdm(total=len(entries), unit="loss", disable=not sys.stderr.isatty()) as bar:
+
+        def on_progress(entry: audit.Entry) -> None:
+            bar.set_description(entry.name)
+            bar.update()
+            if bar.disable:
+                print(entry.name, flush=True)
+            command_line.check_interrupt()
+
+        try:
+            audit.run_entries(config, workdir, on_progress)
+        except KeyboardInterrupt:
+            interrupted = True
+    _report(config, workdir)
+    if interrupted:
+        print(f"\nInterrupted: what was measured is in {workdir.path}; the same command goes on from there.", file=sys.stderr)
+    return 130 if interrupted else 0
+
+
+def _report(config: dict, workdir: records.Workdir) -> None:
+    rows = records.read_jsonl(workdir.path / audit.RECORDS)
+    result = audit_summary.summary(rows, config, records.versions())
+    workdir.write_summary(result)
+    for name in audit_summary.write_report(rows, result, workdir.path):
+        print(workdir.path / name)
+    print("", audit_summary.markdown_table(result["table"], limit=12), sep="\n")
+
+
+if __name__ == "__main__":
+    command_line.run(main)
