@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from jax_async_grpo.records import atomic_path, write_text
@@ -47,6 +48,7 @@ _COLUMNS = {
     "saturation": "law holds to",
     "relative_std": "std",
 }
+_COLUMNS_OF_PANELS = 5
 LEGEND = (
     "relative bias: ‖H(θ,φ) − H(θ,θ)‖/‖H(θ,θ)‖, exact · cosine: between the stale and the fresh gradient · sampling, "
     "denominator, statistics: share of the bias by the role in which the behavior policy is stale, 1 in sum · no gradient: "
@@ -177,41 +179,60 @@ def bias_variance_figure(table: Sequence[Row], path: str | os.PathLike) -> Figur
     drawn = [line for line in table if line["relative_bias"] > 0 and line["relative_std"] > 0]
     if not drawn:
         raise ValueError("no line of the table has a positive bias and spread to draw")
-    names = list(dict.fromkeys(line["correction"] for line in drawn))
+    names = _ordered(line["correction"] for line in drawn)
     figure = Figure(figsize=(9, 6), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     ax = figure.subplots()
-    for index, name in enumerate(names):
+    for name in names:
         mine = [line for line in drawn if line["correction"] == name]
-        color = "black" if name == "none" else colormaps["tab10"](index % 10)
         x, y = ([line[key] for line in mine] for key in ("relative_std", "relative_bias"))
-        ax.scatter(x, y, s=34 if name == "none" else 16, color=color, label=name, zorder=3 if name == "none" else 2)
-    for line, (x, y) in _spaced([line for line in drawn if line["correction"] == "none"]):
-        ax.annotate(
-            line["loss"],
-            (line["relative_std"], line["relative_bias"]),
-            xytext=(x, y),
-            textcoords="axes fraction",
-            fontsize=7,
-            va="center",
-            arrowprops=dict(arrowstyle="-", color="0.75", linewidth=0.5),
-        )
+        alone = name == "none"
+        ax.scatter(x, y, s=34 if alone else 16, color=_color(name, names), label=name, zorder=3 if alone else 2)
     ax.set(yscale="log", xlabel=r"scatter of one sampled gradient, $\sqrt{E\Vert\hat g-H\Vert^2}/\Vert H(\theta,\theta)\Vert$")
     ax.set_ylabel(r"relative staleness bias $\Vert\delta\Vert/\Vert H(\theta,\theta)\Vert$")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
     ax.grid(True, which="major", color="0.92")
     ax.set_axisbelow(True)
-    ax.set_xlim(right=ax.get_xlim()[1] + 0.45 * (ax.get_xlim()[1] - ax.get_xlim()[0]))
+    left, right = ax.get_xlim()
+    ax.set_xlim(left, right + 0.3 * (right - left))
+    _name_points(ax, [line for line in drawn if line["correction"] == "none"])
     ax.legend(title="correction", fontsize=7, title_fontsize=7, loc="upper left")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     return figure
 
 
-def _spaced(table: Sequence[Row]) -> Iterable[tuple[Row, tuple[float, float]]]:
-    """Places for the names: a column at the right, in the order of the bias, evenly spaced so that none lies on another."""
+def _name_points(ax, table: Sequence[Row]) -> None:
+    """The losses' names in a column at the right, each as high as its point as far as none lies on another."""
     ordered = sorted(table, key=lambda line: line["relative_bias"])
-    heights = np.linspace(0.03, 0.97, max(len(ordered), 2))
-    return [(line, (0.8, float(height))) for line, height in zip(ordered, heights, strict=False)]
+    low, high = np.log(ax.get_ylim())
+    wanted = [(math.log(line["relative_bias"]) - low) / (high - low) for line in ordered]
+    gap, heights = 0.034, []
+    for height in wanted:
+        heights.append(max(height, heights[-1] + gap) if heights else height)
+    for index in reversed(range(len(heights))):
+        ceiling = heights[index + 1] - gap if index + 1 < len(heights) else 0.98
+        heights[index] = min(heights[index], ceiling)
+    for line, height in zip(ordered, heights, strict=True):
+        ax.annotate(
+            line["loss"],
+            (line["relative_std"], line["relative_bias"]),
+            xytext=(0.86, height),
+            textcoords="axes fraction",
+            fontsize=7,
+            va="center",
+            arrowprops=dict(arrowstyle="-", color="0.75", linewidth=0.5),
+        )
+
+
+def _ordered(names: Iterable[str]) -> list[str]:
+    """Each name once, "none" first: the order of the colors in every figure."""
+    return sorted(set(names), key=lambda name: (name != "none", name))
+
+
+def _color(name: str, names: Sequence[str]):
+    return "black" if name == "none" else colormaps["tab10"]((names.index(name) - 1) % 10)
 
 
 def curves_figure(rows: Sequence[Row], path: str | os.PathLike) -> Figure:
@@ -224,10 +245,10 @@ def curves_figure(rows: Sequence[Row], path: str | os.PathLike) -> Figure:
     if not curves:
         raise ValueError("there is no finished entry to draw")
     losses = list(dict.fromkeys(row["loss"] for row in curves))
-    names = list(dict.fromkeys(row["correction"] for row in curves))
-    columns = min(5, len(losses))
+    names = _ordered(row["correction"] for row in curves)
+    columns = min(_COLUMNS_OF_PANELS, len(losses))
     lines_of_panels = -(-len(losses) // columns)
-    figure = Figure(figsize=(2.3 * columns + 0.4, 2.0 * lines_of_panels + 0.9), dpi=140, layout="constrained")
+    figure = Figure(figsize=(max(2.3 * columns, 6.0) + 0.4, 2.0 * lines_of_panels + 0.9), dpi=140, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(lines_of_panels, columns, squeeze=False, sharex=True, sharey=True)
     for ax, loss in zip(axes.flat, losses, strict=False):
@@ -235,10 +256,16 @@ def curves_figure(rows: Sequence[Row], path: str | os.PathLike) -> Figure:
         ax.set_title(loss, fontsize=8, loc="left")
     for ax in axes.flat[len(losses) :]:
         ax.remove()
-    figure.supxlabel(r"drift $\Vert\theta-\varphi\Vert$", fontsize=9)
-    figure.supylabel(r"relative bias $\Vert\delta\Vert/\Vert H(\theta,\theta)\Vert$", fontsize=9)
+    for index, ax in enumerate(figure.axes):
+        if index % columns == 0:
+            ax.set_ylabel("relative bias", fontsize=7)
+        if index + columns >= len(losses):
+            ax.set_xlabel(r"drift $\Vert\theta-\varphi\Vert$", fontsize=7)
+            ax.tick_params(labelbottom=True)
     handles = {line.get_label(): line for ax in figure.axes for line in ax.get_lines() if not line.get_label().startswith("_")}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5, fontsize=7, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, 2 * columns + 1), fontsize=7, frameon=False
+    )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     return figure
@@ -248,8 +275,14 @@ def _draw_curves(ax, curves: Sequence[Row], names: Sequence[str]) -> None:
     for row in curves:
         alone = row["correction"] == "none"
         x, y = np.array(row["drift/from_behavior"]), np.array(row["bias/relative_norm"])
-        color = "black" if alone else colormaps["tab10"](names.index(row["correction"]) % 10)
-        ax.plot(x, y, color=color, linewidth=1.6 if alone else 0.9, label=row["correction"], zorder=3 if alone else 2)
+        ax.plot(
+            x,
+            y,
+            color=_color(row["correction"], names),
+            linewidth=1.6 if alone else 0.9,
+            label=row["correction"],
+            zorder=3 if alone else 2,
+        )
         if alone and row["first_order_coefficient"] is not None:
             law = row["first_order_coefficient"] * x * (y[0] / row["bias/norm"][0])
             ax.plot(x, law, color="0.5", linestyle=":", linewidth=1.0, label="first-order law", zorder=1)

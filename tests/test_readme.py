@@ -8,6 +8,7 @@ import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jax_async_grpo import bias_run, bias_summary, scaling
@@ -86,7 +87,7 @@ def test_the_example_measures_the_law_and_refuses_the_kink(capsys):
     assert re.search(r"^truncated_weight: .* has a kink .* at ratio 1", printed, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["docs/exactness.md", "docs/losses.md"])
+@pytest.mark.parametrize("name", ["docs/advantages.md", "docs/corrections.md", "docs/exactness.md", "docs/losses.md"])
 def test_the_documents_run(name):
     (block,) = blocks(DOCUMENTS[name], "python")
     exec(compile(block, name, "exec"), {"__name__": "document"})
@@ -164,3 +165,27 @@ def test_the_checks_can_fail():
     text = "[x](docs/none.md#there) `configs/none.py` https://a.b/docs/c.md [y](https://a.b)"
     assert (links(text), paths(text)) == ({"docs/none.md"}, {"configs/none.py"})
     assert module_map(f"```\n{NAME}/\n jobs   a   b c\n        d   e\n```\n") == {"jobs": ["a", "d"]}
+
+
+def calls_of_the_names_table() -> list[str]:
+    """The first code span of the right column of docs/losses.md's table of other systems' names."""
+    table = DOCUMENTS["docs/losses.md"].split("## What other systems call it")[1].split("\n\nSame name")[0]
+    cells = [line.rsplit("|", 2)[1] for line in table.splitlines() if line.startswith("| ")][1:]
+    return [re.search(r"`([a-z]+\.[^`]+\))`", cell)[1] for cell in cells]
+
+
+def test_every_call_that_other_systems_names_stand_for_runs():
+    from jax_async_grpo import corrections, losses
+
+    rng = np.random.default_rng(0)
+    logprobs, old, behavior, reference = -1 - rng.random((4, 3, 2, 5))
+    mask = np.arange(5) < rng.integers(1, 6, (3, 2, 1))
+    names = dict(losses=losses, corrections=corrections, logprobs=logprobs, old_logprobs=old, behavior_logprobs=behavior)
+    names |= dict(tokens=(logprobs, old, rng.normal(size=(3, 2)), mask), reference_logprobs=reference, mask=mask)
+    names |= dict(entropies=rng.random(mask.shape))
+    calls = calls_of_the_names_table()
+    assert len(calls) > 25
+    for call in calls:
+        values = np.asarray(eval(call, names))
+        assert values.shape == mask.shape and np.isfinite(values).all() and values[mask].any(), call
+        assert not values[~mask].any(), call
