@@ -244,7 +244,7 @@ def validate(config: Mapping[str, Any]) -> None:
         raise ValueError(f"config.clip_epsilons is {config['clip_epsilons']!r}; it must be (epsilon_low, epsilon_high)")
     for value in config["clip_epsilons"]:
         check_number(value, "clip_epsilons", lambda x: x > 0, "> 0")
-    build_algorithm(config)
+    _check_group_size(config, build_algorithm(config))
     if not config["cases"]:
         raise ValueError("config.cases is empty; there is nothing to measure")
     for name in config["cases"]:
@@ -338,12 +338,6 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
         a case asks for it.
     """
     algorithm = build_algorithm(config)
-    best_of_group = np.arange(algorithm.group_size) == 0
-    if not np.asarray(algorithm.advantage_fn(jnp.asarray(best_of_group, float))).any():
-        raise ValueError(
-            f"config.advantage is {config['advantage']!r}: at group_size {algorithm.group_size} every advantage is 0; raise "
-            "group_size or take an advantage without the mean of the group"
-        )
     if not any(case["first_order"] for case in config["cases"].values()):
         return
     rewards = np.array([[1.0, 0.0, 0.0, 1.0]])
@@ -363,6 +357,16 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
         raise ValueError(f"{_refusal(config, error)}; or measure its bias alone, with first_order=False in all cases") from None
     except (TypeError, ValueError) as error:
         raise ValueError(_refusal(config, error)) from None
+
+
+def _check_group_size(config, algorithm: Algorithm) -> None:
+    """A lone reward is its own mean: most advantages are defined there, and 0, so that a run would learn nothing."""
+    group_size = algorithm.group_size
+    if not np.asarray(algorithm.advantage_fn(jnp.asarray(np.arange(group_size) == 0, float))).any():
+        raise ValueError(
+            f"config.advantage is {config['advantage']!r}: group_size is {group_size} and every advantage is 0; take "
+            f"group_size >= {group_size + 1} or an advantage without the mean of the group"
+        )
 
 
 def check_case(config: Mapping[str, Any], case: Case) -> None:

@@ -254,8 +254,8 @@ def test_refusals_name_the_field():
         call(learner=learner[0])
     with pytest.raises(ValueError, match="give 20 compositions, above max_compositions = 10"):
         call(rewards=np.tile([0.0, 1.0, 2.0, 3.0, 3.0], (2, 1)), max_compositions=10)
-    with pytest.raises(ValueError, match="group_size is 1"):
-        call(group_size=1)
+    with pytest.raises(ValueError, match="group_size is 0"):
+        call(group_size=0)
     with pytest.raises(ValueError, match="pass reward_levels"):
         jax.jit(lambda r: call(rewards=r))(rewards)
     with pytest.raises(ValueError, match="not among reward_levels"):

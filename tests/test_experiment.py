@@ -261,8 +261,9 @@ def test_a_loss_without_a_first_order_law_may_have_its_bias_measured():
 
 def test_a_group_of_one_needs_an_advantage_without_the_mean():
     config = make_config(group_size=1, advantage="jax_async_grpo.advantages.group_centered")
-    message = message_of(experiment.check_algorithm, config)
-    assert "group_size 1" in message and "every advantage is 0" in message
+    message = message_of(experiment.validate, config)
+    assert "group_size is 1" in message and "every advantage is 0" in message
+    experiment.validate(config | {"advantage": f"{MINE}.rewards_themselves"})
     experiment.check_algorithm(config | {"advantage": f"{MINE}.rewards_themselves"})
 
 
