@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_async_grpo import advantages, aggregation, losses
+from jax_async_grpo import advantages, aggregation, corrections, losses
 from parity.inputs import GROUP_SIZE
 
 __all__ = ["CASES", "ROWS_CUT", "TOLERANCE", "Case", "loss_and_gradient"]
@@ -77,6 +77,11 @@ def with_kl(policy_values: Callable, coefficient: float, kl_fn: Callable) -> Cal
     return lambda x, b: policy_values(x, b) + coefficient * kl_fn(x, b.reference_logprobs, b.mask)
 
 
+def weighted(policy_values: Callable, correction: Callable, **options) -> Callable:
+    """A policy loss times a weight of π_old against the sampler."""
+    return lambda x, b: policy_values(x, b) * correction(b.old_logprobs, b.behavior_logprobs, b.mask, **options)
+
+
 def mean(aggregation_fn: Callable, **options) -> Callable:
     """An aggregation of `aggregation`, divided."""
     return lambda values, mask: aggregation_fn(values, mask, **options).mean()
@@ -106,6 +111,15 @@ def trl_cases() -> list[Case]:
 
     def unbiased_kl(x, b):
         return ppo(x, b) + 0.3 * losses.ratio_weighted_k3(x, b.reference_logprobs, b.mask, old_logprobs=b.old_logprobs)
+
+    def without_off_policy_rows(x, b):
+        return ppo(x, b) * corrections.opsm(x, b.behavior_logprobs, b.advantages, b.mask, threshold=0.05)
+
+    def against_sampler(mode, correction, trl_low=None, **options):
+        bounds = dict(vllm_importance_sampling_clip_min=trl_low, vllm_importance_sampling_clip_max=1.2)
+        chosen = dict(use_vllm=True, vllm_importance_sampling_mode=mode) | bounds | clip_options
+        name = f"grpo {mode.replace('_', ' ')}" + (" two-sided" if trl_low else "")
+        return case(name, chosen, weighted(ppo, correction, **options))
 
     sequence = dict(importance_sampling_level="sequence")
     return [
@@ -154,6 +168,17 @@ def trl_cases() -> list[Case]:
             ),
             vespo_against_the_sampler,
             tokens,
+        ),
+        against_sampler("token_truncate", corrections.token_tis, cap=1.2),
+        against_sampler("token_truncate", corrections.token_tis, trl_low=0.8, low=0.8, cap=1.2),
+        against_sampler("token_mask", corrections.token_mis, cap=1.2),
+        against_sampler("token_mask", corrections.icepop, trl_low=0.8, low=0.8, high=1.2),
+        against_sampler("sequence_truncate", corrections.sequence_tis, cap=1.2),
+        against_sampler("sequence_mask", corrections.sequence_mis, cap=1.2),
+        case(
+            "grpo off-policy rows masked",
+            dict(off_policy_mask_threshold=0.05, use_vllm=True, vllm_importance_sampling_correction=False) | clip_options,
+            without_off_policy_rows,
         ),
     ]
 

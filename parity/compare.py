@@ -29,7 +29,7 @@ def main() -> int:
     failures = 0
     for system, module in SYSTEMS.items():
         print(f"\n{module.ORIGIN} ({', '.join(f'{name} {version}' for name, version in module.VERSIONS.items())})")
-        print(f"{'case':28} {'loss':>13} {'difference':>11} {'max |grad|':>11} {'difference':>11}")
+        print(f"{'case':30} {'loss':>13} {'difference':>11} {'max |grad|':>11} {'difference':>11}")
         results = {}
         for case in CASES[system]:
             loss, gradient = module.loss_and_gradient(arrays, ROWS_CUT if case.cut else (), GROUP_SIZE, case.options)
@@ -39,7 +39,7 @@ def main() -> int:
             agrees = differences[0] <= TOLERANCE[system] and differences[1] <= TOLERANCE[system] * largest
             failures += not agrees
             numbers = f"{loss:13.9f} {differences[0]:11.1e} {largest:11.4f} {differences[1]:11.1e}"
-            print(f"{case.name:28} {numbers}  {'PASS' if agrees else 'FAIL'}")
+            print(f"{case.name:30} {numbers}  {'PASS' if agrees else 'FAIL'}")
             results[case.name] = dict(options=case.options, loss=loss, gradient=gradient)
         if write:
             print(f"wrote {golden.save(system, module.ORIGIN, module.VERSIONS, arrays, results)}")

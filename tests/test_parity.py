@@ -34,7 +34,16 @@ def test_inputs_stay_off_the_kinks_and_reach_every_branch():
     mask = x["mask"]
     log_ratio = np.where(mask, x["logprobs"] - x["old_logprobs"], 0)
     token_ratio, sequence_ratio = np.exp(log_ratio)[mask], np.exp(log_ratio.sum(-1) / mask.sum(-1))
-    for ratios, bounds in ((token_ratio, (0.8, 1.2, 1.28, 1.3, 1.4)), (sequence_ratio, (0.9, 1.1, 1.15))):
+    log_weight = np.where(mask, x["old_logprobs"] - x["behavior_logprobs"], 0)
+    token_weight, sequence_weight = np.exp(log_weight)[mask], np.exp(log_weight.sum(-1))
+    distance = (np.where(mask, x["behavior_logprobs"] - x["logprobs"], 0)).sum(-1) / mask.sum(-1)
+    for ratios, bounds in (
+        (token_ratio, (0.8, 1.2, 1.28, 1.3, 1.4)),
+        (sequence_ratio, (0.9, 1.1, 1.15)),
+        (token_weight, (0.8, 1.2)),
+        (sequence_weight, (1.2,)),
+        (distance, (0.05,)),
+    ):
         for bound in bounds:  # systems differ in the gradient at a tie, and only there
             assert np.abs(ratios - bound).min() > 1e-3
             assert (ratios < bound).any() and (ratios > bound).any()
@@ -51,6 +60,11 @@ def test_inputs_stay_off_the_kinks_and_reach_every_branch():
         ("trl", "gspo", "luspo"),
         ("trl", "vespo", "vespo gates"),
         ("trl", "vespo", "vespo against the sampler"),
+        ("trl", "grpo token truncate", "grpo token truncate two-sided"),
+        ("trl", "grpo token mask", "grpo token mask two-sided"),
+        ("trl", "grpo token truncate", "grpo sequence truncate"),
+        ("trl", "grpo token mask", "grpo sequence mask"),
+        ("trl", "grpo", "grpo off-policy rows masked"),
         ("tunix", "grpo", "clip-higher"),
         ("tunix", "grpo", "dual clip"),
         ("tunix", "token-scale", "token-sum"),
