@@ -10,7 +10,13 @@ IS_SUPPORTED := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 # One target after another even under `make -j`: two of them share .venv, and each already uses every core.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint bench
+# The systems that `make parity` compares with need torch and a few GB: they have an environment of their own.
+PARITY_VENV := .venv-parity
+PARITY_RUN := $(PARITY_VENV)/bin/python
+# A pinned torch, so that pip takes the CPU build (local version +cpu) where an index offers one.
+TORCH ?= torch==2.13.0
+
+.PHONY: help venv demo test lint bench parity
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +37,10 @@ bench: $(VENV)/.installed ## run every benchmark in turn
 	@set -e; for name in $(basename $(notdir $(wildcard benchmarks/*.py))); do \
 	  echo "benchmarks/$$name.py"; $(RUN) -m benchmarks.$$name; done
 
+parity: $(PARITY_VENV)/.installed ## compare our losses with TRL's and tunix's own code, and train in tunix's learner with one
+	$(PARITY_RUN) -m parity.compare
+	$(PARITY_RUN) -m examples.tunix_learner
+
 # A stamp is removed first and written last, so an interrupted install is taken up again: pip keeps what is whole and installs
 # the rest. A .venv without a working pip, or of an old Python, is made anew.
 $(VENV)/.installed: setup.cfg pyproject.toml
@@ -47,4 +57,12 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@rm -f $@
 	$(PIP_INSTALL) -e '.[dev]'
+	@touch $@
+
+$(PARITY_VENV)/.installed: setup.cfg pyproject.toml
+	@rm -f $@
+	@if ! { $(PARITY_RUN) $(IS_SUPPORTED) && $(PARITY_RUN) -m pip --version; } >/dev/null 2>&1; then \
+	  $(PYTHON) -m venv --clear $(PARITY_VENV); fi
+	@echo "Installing torch, TRL and tunix into $(PARITY_VENV): some minutes, once."
+	$(PARITY_RUN) -m pip install --quiet --disable-pip-version-check --no-compile '$(TORCH)' -e '.[parity]'
 	@touch $@
