@@ -68,7 +68,14 @@ FLOORS = {
     },
 }
 GROUND = {"types", "masked"}  # what everything else stands on: these import nothing of the package but each other
-CLONE_ONLY = {"benchmarks", "configs", "examples", "launch", "tests"}  # used from the clone; the package never imports them
+CLONE_ONLY = {
+    "benchmarks",
+    "configs",
+    "examples",
+    "launch",
+    "parity",
+    "tests",
+}  # used from the clone; the package never imports them
 
 
 def read_package(root: Path) -> dict[str, ast.Module]:

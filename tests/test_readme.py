@@ -65,7 +65,7 @@ def links(text: str) -> set[str]:
 
 def paths(text: str) -> set[str]:
     """Files of the clone that code or prose names, relative to its root; not those that a run writes."""
-    folders = "benchmarks|configs|docs|examples|jax_async_grpo|launch|tests"
+    folders = "benchmarks|configs|docs|examples|jax_async_grpo|launch|parity|tests"
     outside_links = re.sub(r"\]\([^)\s]+\)", "]", text)
     return set(re.findall(rf"(?<![\w./-])(?:{folders})/[\w./]+\.(?:py|md|png)", outside_links))
 
