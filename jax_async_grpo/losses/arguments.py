@@ -46,6 +46,9 @@ def policy_inputs(logprobs, old_logprobs, advantages, mask) -> PolicyInputs:
     """
     if old_logprobs is None:
         raise ValueError("old_logprobs is None; the ratio needs its denominator (pass the recorded behavior log-probs)")
+    for name, array in (("logprobs", logprobs), ("advantages", advantages)):
+        if array is None:
+            raise ValueError(f"{name} is None; pass an array")
     shape = jnp.shape(logprobs)
     valid = check_tokens("old_logprobs", old_logprobs, shape, mask)
     rank = jnp.ndim(advantages)
@@ -62,6 +65,8 @@ def policy_inputs(logprobs, old_logprobs, advantages, mask) -> PolicyInputs:
 def token_inputs(mask, **arrays) -> tuple[jax.Array, ...]:
     """The named arrays [..., L], checked against the first, at least float32, 0 under the mask; then the mask as bool."""
     (first, values), *others = arrays.items()
+    if values is None:
+        raise ValueError(f"{first} is None; pass an array")
     shape = jnp.shape(values)
     if not shape:
         raise ValueError(f"{first} is a scalar; it must be [..., L], one value per completion token")

@@ -78,7 +78,7 @@ def rollout_is(
     """
     check_clip(epsilon_low, epsilon_high)
     logprobs, _, advantages, valid = policy_inputs(logprobs, old_logprobs, advantages, mask)
-    behavior, _ = token_inputs(valid, behavior_logprobs=behavior_logprobs)
+    _, behavior, _ = token_inputs(valid, logprobs=logprobs, behavior_logprobs=behavior_logprobs)
     ratio = jnp.exp(detached(detached_logprobs, logprobs, valid) - behavior)
     weight = jnp.where((ratio > 1 - epsilon_low) & (ratio < 1 + epsilon_high), ratio, 0.0)
     return valid_only(-weight * advantages * logprobs, valid)
@@ -137,7 +137,7 @@ def vespo(
     logprobs, old_logprobs, advantages, valid = policy_inputs(logprobs, old_logprobs, advantages, mask)
     log_ratio = jnp.clip(detached(detached_logprobs, logprobs, valid) - old_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     if behavior_logprobs is not None:
-        behavior, _ = token_inputs(valid, behavior_logprobs=behavior_logprobs)
+        _, behavior, _ = token_inputs(valid, logprobs=logprobs, behavior_logprobs=behavior_logprobs)
         log_ratio += old_logprobs - behavior
     log_weight = jnp.clip(jnp.sum(log_ratio, axis=-1, keepdims=True), jnp.log(_MIN_WEIGHT), _MAX_LOG_RATIO)
     k = jnp.where(advantages >= 0, k_positive, k_negative).astype(logprobs.dtype)

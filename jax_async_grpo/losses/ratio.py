@@ -108,8 +108,9 @@ def decoupled_ppo(
     if cap is not None:
         check_positive(cap=cap)
     options = dict(epsilon_low=epsilon_low, epsilon_high=epsilon_high, dual_clip=dual_clip)
+    policies = dict(logprobs=logprobs, proximal_logprobs=proximal_logprobs, behavior_logprobs=behavior_logprobs)
+    _, proximal, behavior, valid = token_inputs(mask, **policies)
     values = ppo_clip(logprobs, proximal_logprobs, advantages, mask, **options)
-    proximal, behavior, valid = token_inputs(mask, proximal_logprobs=proximal_logprobs, behavior_logprobs=behavior_logprobs)
     weight = jnp.exp(proximal - behavior)
     return valid_only(values * (weight if cap is None else jnp.minimum(weight, cap)), valid)
 

@@ -91,7 +91,11 @@ def m2_bounds(
 
     Returns:
       M2Bounds.
+
+    Raises:
+      ValueError: a budget that is not positive, or shapes that do not match.
     """
+    check_positive(budget=budget)
     inputs = policy_inputs(logprobs, old_logprobs, advantages, mask)
     log_ratio = inputs.logprobs - inputs.old_logprobs
     harmful = log_ratio * inputs.advantages > 0
@@ -119,7 +123,8 @@ def m2_bounds(
         active = active & jax.lax.stop_gradient(squares > bound(active))
         return active, total(active), number
 
-    active, _, _ = jax.lax.while_loop(shrinks, newton, (harmful, count, count + 1))
+    active, number, _ = jax.lax.while_loop(shrinks, newton, (harmful, count, count + 1))
+    within |= number == 0  # a moment above the budget by rounding alone leaves no token above τ
     radius = jnp.sqrt(jnp.where(within, 1.0, bound(active)))
     return M2Bounds(
         epsilon_low=jnp.where(within, 1.0, -jnp.expm1(-radius)),

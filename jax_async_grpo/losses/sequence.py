@@ -95,8 +95,8 @@ def gmpo(
 ) -> jax.Array:
     """ℓ = −A·exp((1/L_i)·Σ_l m·d'_l), d' the log-ratio clipped on the side where A pushes (GMPO, arXiv 2507.20673).
 
-    With d = log r: d' = min(d, log_epsilon_high) where A > 0, max(d, −log_epsilon_low) where A < 0. Arguments, result and
-    errors as in `gspo`.
+    With d = log r: d' = min(d, log_epsilon_high) where A > 0, max(d, −log_epsilon_low) where A < 0, 0 where A = 0. Arguments,
+    result and errors as in `gspo`.
 
     Args:
       log_epsilon_low: bound below on the log-ratio, nats, positive.
@@ -106,6 +106,7 @@ def gmpo(
     logprobs, old_logprobs, advantages, valid = policy_inputs(logprobs, old_logprobs, advantages, mask)
     log_ratio = logprobs - old_logprobs
     bounded = jnp.where(advantages > 0, jnp.minimum(log_ratio, log_epsilon_high), jnp.maximum(log_ratio, -log_epsilon_low))
+    bounded = jnp.where(advantages == 0, 0.0, bounded)
     return valid_only(-advantages * jnp.exp(_row_mean(bounded, valid)), valid)
 
 

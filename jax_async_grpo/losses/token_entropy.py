@@ -17,15 +17,16 @@ def entropy(logits: jax.Array) -> jax.Array:
       logits: [..., V]; −inf marks a token that cannot be drawn.
 
     Returns:
-      [...] nats.
+      [...] nats, at least float32.
 
     Raises:
       ValueError: logits is a scalar.
     """
     if jnp.ndim(logits) < 1:
         raise ValueError("logits is a scalar; it must be [..., V]")
-    logprobs = jax.nn.log_softmax(jnp.asarray(logits), axis=-1)
-    possible = jnp.isfinite(logprobs)
+    logits = jnp.asarray(logits, jnp.promote_types(jnp.result_type(logits), jnp.float32))
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    possible = logprobs != -jnp.inf  # NaN stays NaN
     finite = jnp.where(possible, logprobs, 0.0)
     return -jnp.sum(jnp.where(possible, jnp.exp(finite) * finite, 0.0), axis=-1)
 

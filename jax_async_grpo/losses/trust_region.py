@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -130,8 +132,8 @@ def _weighted(inputs, fixed, keep, ratio_cap):
 
 
 def _band(inputs, keep, kl_coefficient):
-    if not kl_coefficient >= 0:
-        raise ValueError(f"kl_coefficient is {kl_coefficient}; it must be >= 0")
+    if not 0 <= kl_coefficient < math.inf:
+        raise ValueError(f"kl_coefficient is {kl_coefficient}; it must be >= 0 and finite")
     log_ratio = inputs.logprobs - inputs.old_logprobs
     surrogate = jnp.where(keep, -inputs.advantages * jnp.exp(log_ratio), 0.0)
     return valid_only(surrogate + kl_coefficient * log_ratio**2, inputs.valid)
