@@ -42,6 +42,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.max_staleness = (0, 1, 2, 4, 8, 16, 32)  # S, learner updates; 0 is the control
     config.learning_rates = (0.02, 0.04, 0.08)  # η
     config.rank_at = (16, 0.08)  # (S, η) of the point that orders the table
+    config.brute_force_group_size = 3  # G of the sum over all groups, for losses that the closed form refuses; 0 = leave it
     config.drifts = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 4.0)  # ‖θ−φ‖ of the curves, along the drift of that point
     config.proximal_fraction = 0.5  # the proximal policy lies at θ + fraction·(φ − θ)
     config.saturation = 0.5  # a curve saturates where ‖δ‖ leaves its first-order law by this fraction

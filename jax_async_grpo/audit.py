@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_async_grpo import bias, closed_form, corrections, experiment, moments
+from jax_async_grpo import bias, closed_form, corrections, exact, experiment, moments
 from jax_async_grpo.audit_points import Points, build_points, guard_step, reference_case
 from jax_async_grpo.compiling import jit_once
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, first_line, resolve
@@ -46,6 +46,7 @@ _KEYS = (
     "max_staleness",
     "learning_rates",
     "rank_at",
+    "brute_force_group_size",
     "drifts",
     "proximal_fraction",
     "saturation",
@@ -81,6 +82,7 @@ def validate(config: Mapping[str, Any]) -> None:
     check_integer(config["seed"], "seed", minimum=0)
     check_integer(config["group_size"], "group_size", minimum=2)
     check_integer(config["max_compositions"], "max_compositions", minimum=1)
+    check_integer(config["brute_force_group_size"], "brute_force_group_size", minimum=0)
     check_number(config["time"], "time", lambda x: x > 0, "> 0")
     check_number(config["proximal_fraction"], "proximal_fraction", lambda x: 0 <= x <= 1, "in [0, 1]")
     check_number(config["saturation"], "saturation", lambda x: 0 < x < 1, "between 0 and 1")
@@ -165,7 +167,8 @@ def _audit(config, case: experiment.Case, points: Points, entry: Entry) -> list[
     try:
         measured = jax.device_get(_compiled(case, entry, config["proximal_fraction"])(*points.arrays()))
     except ValueError as error:
-        return [{"kind": "refused", **identity, "reason": first_line(error)}, done]
+        refused = {"kind": "refused", **identity, "reason": first_line(error)}
+        return [refused | _by_brute_force(config, case, points, entry), done]
     kinds = np.array([label["kind"] for label in points.labels])
     rows = []
     for index in np.flatnonzero(kinds == "point"):
@@ -176,6 +179,53 @@ def _audit(config, case: experiment.Case, points: Points, entry: Entry) -> list[
         rows.append({**label, **identity, "drift/from_behavior": float(points.drift[index]), **numbers})
     rows.append({"kind": "curve", **identity, **_curve(config, case, points, measured, kinds)})
     return [*rows, done]
+
+
+def _by_brute_force(config, case: experiment.Case, points: Points, entry: Entry) -> dict[str, Any]:
+    """The relative bias at the ranking point by summing over all groups, small ones, and the reference loss's beside it.
+
+    A function that couples rows sees the rows of one group; a batch of several groups would couple more.
+    """
+    group_size = config["brute_force_group_size"]
+    if not group_size:
+        return {}
+    at = next(i for i, label in enumerate(points.labels) if _is_ranking_point(config, label))
+    learner, behavior, proximal, _, jacobian = (jnp.asarray(x[at]) for x in points.arrays())
+
+    def gradient(loss_fn, denominator):
+        def objective(logprobs):
+            return exact.brute_force_objective(
+                logprobs,
+                denominator["behavior"],
+                case.task.rewards,
+                case.task.mask,
+                group_size=group_size,
+                loss_fn=loss_fn,
+                advantage_fn=case.algorithm.advantage_fn,
+                aggregation_fn=case.algorithm.aggregation_fn,
+                proximal_logprobs=denominator["proximal"] if entry.proximal else None,
+                detached_logprobs=learner,
+            )
+
+        return jnp.einsum("byl,byld->d", jax.grad(objective)(learner), jacobian)
+
+    @functools.partial(jit_once, static_argnums=0)
+    def relative_bias(loss_fn):
+        denominators = {"behavior": jnp.stack([learner, behavior]), "proximal": jnp.stack([learner, proximal])}
+        fresh, stale = jax.lax.map(functools.partial(gradient, loss_fn), denominators)
+        return jnp.linalg.norm(stale - fresh) / jnp.linalg.norm(fresh)
+
+    return {
+        "brute_force": {
+            "group_size": group_size,
+            "relative_bias": float(relative_bias(entry.loss_fn)),
+            "reference_relative_bias": float(relative_bias(case.algorithm.loss_fn)),
+        }
+    }
+
+
+def _is_ranking_point(config, label: Mapping[str, Any]) -> bool:
+    return (label.get("max_staleness"), label.get("learning_rate")) == tuple(config["rank_at"])
 
 
 def _curve(config, case, points: Points, measured, kinds) -> dict[str, Any]:

@@ -88,9 +88,10 @@ def _line(row: Row, curve: Row) -> dict[str, Any]:
     }
 
 
-def refused(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Loss, correction and reason of what the closed form does not take."""
-    return [{key: row[key] for key in ("loss", "correction", "reason")} for row in rows if row["kind"] == "refused"]
+def refused(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Loss, correction and reason of what the closed form does not take, and its bias by brute force where summed."""
+    kept = ("loss", "correction", "reason", "brute_force")
+    return [{key: row[key] for key in kept if key in row} for row in rows if row["kind"] == "refused"]
 
 
 def summary(rows: Sequence[Row], config: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def html_page(table: Sequence[Row], refusals: Sequence[Row], title: str) -> str:
     """The whole table as one page without outside resources."""
     body = tabulate([_cells(line) for line in table], list(_COLUMNS.values()), tablefmt="html", disable_numparse=True)
     reasons = "".join(
-        f"<li><b>{html.escape(row['loss'])}</b> ({html.escape(row['correction'])}): {html.escape(row['reason'])}</li>"
+        f"<li><b>{html.escape(row['loss'])}</b> ({html.escape(row['correction'])}): {html.escape(_refusal(row))}</li>"
         for row in refusals
     )
     style = (
@@ -134,7 +135,7 @@ def write_report(rows: Sequence[Row], result: Mapping[str, Any], folder: os.Path
     at = result["ranked_at"]
     title = f"Staleness bias of policy losses at S = {at['max_staleness']}, η = {at['learning_rate']:g}"
     table, refusals = result["table"], result["refused"]
-    below = [f"- `{row['loss']}` ({row['correction']}): {row['reason']}" for row in refusals]
+    below = [f"- `{row['loss']}` ({row['correction']}): {_refusal(row)}" for row in refusals]
     text = [
         f"# {title}",
         "",
@@ -151,6 +152,16 @@ def write_report(rows: Sequence[Row], result: Mapping[str, Any], folder: os.Path
     bias_variance_figure(table, os.path.join(folder, "bias_variance.png"))
     curves_figure(rows, os.path.join(folder, "curves.png"))
     return ["audit.md", "audit.html", "bias_variance.png", "curves.png"]
+
+
+def _refusal(row: Row) -> str:
+    summed = row.get("brute_force")
+    if not summed:
+        return row["reason"]
+    return (
+        f"{row['reason']}. Over all groups of {summed['group_size']}, one at a time: relative bias "
+        f"{summed['relative_bias']:.4f}, of the reference loss {summed['reference_relative_bias']:.4f}"
+    )
 
 
 def _cells(line: Row) -> list[str]:

@@ -19,9 +19,9 @@ def jit_repeated(function: Callable) -> Callable:
     return jax.jit(function, compiler_options=_without_library_fusions(jax.default_backend()))
 
 
-def jit_once(function: Callable) -> Callable:
-    """`jax.jit` for a program that runs once: half the compilation, which is most of its time."""
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+def jit_once(function: Callable, **options) -> Callable:
+    """`jax.jit`, with its options, for a program that runs once: half the compilation, which is most of its time."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0}, **options)
 
 
 @functools.cache

@@ -153,6 +153,10 @@ def test_what_couples_rows_is_refused_with_the_reason(finished):
     config, _, _, rows = finished
     (refused,) = audit_summary.refused(rows)
     assert refused["loss"] == "m2po" and "couples rows" in refused["reason"]
+    summed = refused["brute_force"]
+    assert summed["group_size"] == 3 and 0 < summed["relative_bias"] < 1
+    # at this drift the budget of M2PO is kept without a clip: it is importance sampling, the reference loss
+    np.testing.assert_allclose(summed["relative_bias"], summed["reference_relative_bias"], rtol=1e-9)
     assert "m2po/none" in audit.finished_entries(rows)  # and not tried again
     assert "m2po" not in {line["loss"] for line in audit_summary.lines(rows, config)}
 
