@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_separable", "named_parameters"]
+__all__ = ["check_coupling", "check_separable", "named_parameters"]
 
-_NUM_ROWS = 6
+_NUM_ROWS = 12
+_SPREADS = (0.05, 0.3, 1.0)  # of the log-probs of two rows
 
 
 def check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_size: int, loss_inputs: tuple[str, ...] = ()):
@@ -46,6 +47,23 @@ def check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_s
         _once(_probe_aggregation, aggregation_fn, *key)
 
 
+def check_coupling(loss_fn, coupling: str, length: int, loss_inputs: tuple[str, ...] = ()) -> None:
+    """Raises where a loss couples more than `coupling` says: "token" nothing, "row" the tokens of a row, "batch" anything.
+
+    Args:
+      loss_fn: per-token loss.
+      coupling: "token", "row" or "batch".
+      length: L of the rows to try, at least 3 are tried.
+      loss_inputs: names of the further arrays `loss_fn` takes.
+
+    Raises:
+      ValueError: naming the function and the coupling it needs.
+    """
+    if coupling != "batch":
+        with jax.ensure_compile_time_eval():
+            _once(_probe_coupling, loss_fn, coupling, max(length, 3), tuple(sorted(loss_inputs)))
+
+
 def named_parameters(function) -> tuple[str, ...]:
     """The names of a function's parameters, which say what further arrays a loss asks for; () where it has no signature."""
     try:
@@ -70,25 +88,48 @@ def _remembered(probe, function, *key):
 
 
 def _probe_loss(loss_fn, length: int, loss_inputs: tuple[str, ...]):
+    if _couples(loss_fn, length, loss_inputs, _rows):
+        raise ValueError(
+            f"loss_fn {_name(loss_fn)} couples rows: the loss of a row changes with the rows beside it, so the closed form "
+            "is not exact; use brute_force_objective or a loss that treats rows one by one"
+        )
+
+
+def _probe_coupling(loss_fn, coupling: str, length: int, loss_inputs: tuple[str, ...]):
+    if coupling == "row" and _couples(loss_fn, length, loss_inputs, _rows):
+        raise ValueError(f"loss_fn {_name(loss_fn)} couples rows; pass coupling='batch'")
+    if coupling == "token" and _couples(loss_fn, length, loss_inputs, lambda array: _rows(array.reshape(-1, 1))):
+        raise ValueError(f"loss_fn {_name(loss_fn)} couples tokens; pass coupling='row', or 'batch' if it couples rows too")
+
+
+def _rows(array: np.ndarray) -> list[np.ndarray]:
+    return [array[i : i + 1] for i in range(len(array))]
+
+
+def _couples(loss_fn, length: int, loss_inputs: tuple[str, ...], split) -> bool:
+    """Whether the loss of seeded rows [N, L] differs from that of the pieces that `split` makes of every array."""
     rng = np.random.default_rng(0)
     mask = np.arange(length) < rng.integers(1, length + 1, size=(_NUM_ROWS, 1))
     compiled = jax.jit(loss_fn)  # two shapes; op by op it would be dozens of compilations
-    # small and large ratios: a batch statistic may couple rows only once it passes a threshold
-    for spread in (0.05, 1.0):
-        learner, old, *extra = -1.0 + spread * rng.standard_normal((2 + len(loss_inputs), _NUM_ROWS, length))
-        advantages = rng.standard_normal(_NUM_ROWS)
+    # two rows may stand out: a statistic of the batch couples rows where theirs and that of all lie on two sides of a threshold
+    for spread in _SPREADS:
+        scale = np.where(np.arange(_NUM_ROWS) < 2, spread, _SPREADS[0])[:, None]
+        learner, old, *extra = -1.0 + scale * rng.standard_normal((2 + len(loss_inputs), _NUM_ROWS, length))
+        advantages = np.broadcast_to(rng.standard_normal((_NUM_ROWS, 1)), mask.shape)
+        arrays = [learner, old, advantages, mask, *extra]
 
-        def run(rows, learner=learner, old=old, advantages=advantages, extra=extra):
-            inputs = {name: x[rows] for name, x in zip(loss_inputs, extra, strict=True)}
-            return np.asarray(compiled(learner[rows], old[rows], advantages[rows], mask[rows], **inputs))
+        def run(learner, old, advantages, mask, *extra):
+            # one advantage per row, as the oracle has it
+            values = compiled(learner, old, advantages[:, 0], mask, **dict(zip(loss_inputs, extra, strict=True)))
+            if jnp.shape(values) != learner.shape:
+                raise ValueError(f"loss_fn returns shape {jnp.shape(values)}; it must be per token, {learner.shape}")
+            return np.asarray(values)
 
-        together = run(slice(None))
-        apart = np.concatenate([run(slice(i, i + 1)) for i in range(_NUM_ROWS)])
-        if not _close(together, apart):
-            raise ValueError(
-                f"loss_fn {_name(loss_fn)} couples rows: the loss of a row changes with the rows beside it, so the closed form "
-                "is not exact; use brute_force_objective or a loss that treats rows one by one"
-            )
+        pieces = zip(*(split(np.asarray(array)) for array in arrays), strict=True)
+        apart = np.concatenate([run(*piece).reshape(-1) for piece in pieces])
+        if not _close(run(*arrays).reshape(-1), apart):
+            return True
+    return False
 
 
 def _probe_advantage(advantage_fn, levels: tuple[float, ...], group_size: int):

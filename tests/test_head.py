@@ -287,3 +287,14 @@ def test_errors_name_the_argument(changes, message):
     case.pop("behavior_logprobs")
     with pytest.raises(ValueError, match=message):
         head.policy_loss(**{**case, "mask": _MASK, "loss_fn": losses.ppo_clip, **changes})
+
+
+def test_a_loss_that_couples_more_than_said_is_refused():
+    case = _case(0)
+    for loss_fn, coupling, message in (
+        (losses.m2po, "row", "m2po couples rows; pass coupling='batch'"),
+        (losses.m2po, "token", "m2po couples tokens"),
+        (losses.gspo, "token", "gspo couples tokens; pass coupling='row'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _chunked(loss_fn, case, (), coupling=coupling)

@@ -87,7 +87,9 @@ def test_the_example_measures_the_law_and_refuses_the_kink(capsys):
     assert re.search(r"^truncated_weight: .* has a kink .* at ratio 1", printed, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("name", ["docs/advantages.md", "docs/corrections.md", "docs/exactness.md", "docs/losses.md"])
+@pytest.mark.parametrize(
+    "name", ["docs/advantages.md", "docs/corrections.md", "docs/exactness.md", "docs/head.md", "docs/losses.md"]
+)
 def test_the_documents_run(name):
     (block,) = blocks(DOCUMENTS[name], "python")
     exec(compile(block, name, "exec"), {"__name__": "document"})
