@@ -146,7 +146,9 @@ def _problem(
         arrays["advantages"] = jnp.broadcast_to(arrays["advantages"][..., None], shape)
     # linear in the values, so that the gradient anywhere is the weight of every token
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    weights = jax.grad(lambda values: aggregation_fn(values, valid).mean())(jnp.zeros(shape, dtype))
+    # zeros that vary with the mask: inside `shard_map` the gradient of replicated ones would be summed over the devices
+    zeros, valid = same_axes((jnp.zeros(shape, dtype), valid))
+    weights = jax.grad(lambda values: aggregation_fn(values, valid).mean())(zeros)
     length = 1 if coupling == "token" else shape[-1]  # a token that couples with no other is a row
     rows = {name: x.reshape((-1, length) if x.shape == shape else (-1,)) for name, x in arrays.items()}
     fixed = _Fixed(*(x.reshape(-1, length) for x in (tokens, valid, weights)))
