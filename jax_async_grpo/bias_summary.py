@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ _CELL_KEYS = (
 _PREDICTIONS = {
     "drift": "drift of the same cells",
     "msd": "sqrt(MSD) of runs without lag",
-    "response_msd": "sqrt(MSD) weighted by the response of the gradient",
+    "response_msd": "first-order law along runs without lag, same seeds",
 }
 
 
@@ -68,8 +69,11 @@ def fits(cell_rows: Sequence[Row], responses: Mapping[str, Row], config: Mapping
     alone gives for the same cells, with the paired interval of (bias − prediction) in S:
       "drift": the drift ‖θ−φ‖ of the cells themselves;
       "msd": √MSD(s) of the runs without lag;
-      "response_msd": the same weighted by the response of H (`sweeps.response_msd`), where updates are sampled.
-    A setting with too few cells in its window gets no fit.
+      "response_msd": the same weighted by the response of H (`sweeps.response_msd`), where updates are sampled: the first-order
+        law along runs without lag, with the same seeds. It is measured at one η, so it has no exponent in η.
+    `rejected` says whether that interval leaves out 0, for sampled updates; for exact ones the interval is of how straight the
+    lines are and rejects nothing. `local_exponents` are a_S between neighboring S: where the curve bends, a_S depends on the
+    range of S, `staleness_range`. A setting with too few cells in its window gets no fit.
 
     Args:
       cell_rows: from `cells`.
@@ -104,25 +108,29 @@ def summary(rows: Sequence[Row], config: Mapping[str, Any], versions: Mapping[st
         "stability_limit": {case: row["limit"] for case, row in diagnosed.items()},
         "num_cells": len(cell_rows),
         "max_bias_without_staleness": max((c["bias_rms"] for c in cell_rows if c["max_staleness"] == 0), default=None),
-        "seconds": sum(measured.values()),
+        "seconds": sum(measured.values()) + sum(row["seconds"] for row in diagnosed.values()),
         "versions": dict(versions),
     }
 
 
 def text_report(result: Mapping[str, Any]) -> str:
     """What the job prints below the table of fits: prediction from drift, first-order law, parts by role, limits."""
-    lines = ["", "Exponent in S of the bias, and what drift alone predicts for the same cells (interval of the difference):"]
+    lines = ["", "Exponent in S of the bias, and what predicts it for the same cells (interval of the difference):"]
     for fit in result["fits"]:
         siblings = [f for f in result["fits"] if (f["case"], f["updates"]) == (fit["case"], fit["updates"])]
         if fit["schedule"] != "all" and len(siblings) > 1:
             continue
-        lines.append(f"  {fit['case'] + ', ' + fit['updates']:<28} a_S {fit['staleness_exponent']:.3f}")
+        low, high = fit["staleness_range"]
+        lines.append(f"  {fit['case'] + ', ' + fit['updates']:<28} a_S {fit['staleness_exponent']:.3f} over S = {low}..{high}")
+        lines.append(f"    between neighboring S: {', '.join(map(_local, fit['local_exponents']))}")
         for name, prediction in fit["predictions"].items():
             low, high = prediction["difference_interval"]
             lines.append(
                 f"    {_PREDICTIONS[name]:<52} {prediction['staleness_exponent']:.3f}  [{low:+.3f}, {high:+.3f}]"
-                f"{'  differs' if fit['updates'] == 'sampled' and not low <= 0 <= high else ''}"
+                f"{'  rejected' if prediction['rejected'] else ''}"
             )
+        if any(fit["predictions"].get(name, {}).get("rejected") for name in ("drift", "msd")):
+            lines.append("    bias proportional to the distance |theta - phi|, hence to sqrt(MSD), is rejected here")
     for curve in result["msd"]:
         lines.append(
             f"  {curve['case'] + ', ' + curve['updates']:<28} MSD(s) ~ s^{curve['exponent']:.2f} "
@@ -138,6 +146,9 @@ def text_report(result: Mapping[str, Any]) -> str:
         lines.append(f"  {case:<28} {response['relative_error_at_1e-3']:.1e}, slope {response['slope']:.3f}; {parts}")
     lines += ["", "Two-constraint limit of the learning rate, eta << min(R_batch/drift per eta, R_crit/(T*G_upd)):"]
     for case, limit in result["stability_limit"].items():
+        if limit is None:
+            lines.append(f"  {case:<28} not measured: nothing moved")
+            continue
         lines += [f"  {case:<28} {limit['staleness_budget']}", f"  {'':<28} {_radii(limit)}"]
     return "\n".join(lines)
 
@@ -188,13 +199,15 @@ def _rms_over_lags(curve: Sequence[float], cell: Row) -> float:
 
 
 def _fit(chosen: Sequence[Row], schedule: str, predictions: Mapping[str, np.ndarray], config) -> dict[str, Any] | None:
-    """One entry of `fits`, or None where the cells inside the window cannot determine two exponents."""
+    """One entry of `fits`, or None where the cells inside the window cannot determine two exponents and their intervals."""
     inputs = np.array([[c["staleness_rms"], c["learning_rate"]] for c in chosen])
     if len(chosen) < 4 or min(len(np.unique(column.round(12))) for column in inputs.T) < 2:
         return None
     part = config["cases"][chosen[0]["case"]]
     variable = part["fit_variable"]
     groups = [c["seed"] for c in chosen] if chosen[0]["updates"] == "sampled" else None
+    if groups is not None and len(set(groups)) < 2:
+        return None
     options = dict(groups=groups, num_bootstrap=config["num_bootstrap"], confidence=config["confidence"], seed=config["seed"])
     bias_rms = np.array([c["bias_rms"] for c in chosen])
     both = scaling.fit_power_law(inputs, bias_rms, **options)
@@ -213,20 +226,48 @@ def _fit(chosen: Sequence[Row], schedule: str, predictions: Mapping[str, np.ndar
         "r_squared": both.r_squared if variable != "drift" else single.r_squared,
         "num_cells": len(chosen),
         "window": list(part["fit_window"]),
-        "predictions": {name: _prediction(both, inputs, y, options) for name, y in predictions.items()},
+        "staleness_range": [min(c["max_staleness"] for c in chosen), max(c["max_staleness"] for c in chosen)],
+        "local_exponents": _local_exponents(chosen, options),
+        "predictions": {name: _prediction(name, both, inputs, y, options) for name, y in predictions.items()},
     }
 
 
-def _prediction(fit: scaling.PowerLawFit, inputs: np.ndarray, predicted: np.ndarray, options) -> dict[str, Any]:
+def _prediction(name: str, fit: scaling.PowerLawFit, inputs: np.ndarray, predicted: np.ndarray, options) -> dict[str, Any]:
     """The exponents of predicted values over the same cells, and the interval of (measured − predicted) in S."""
     own = scaling.fit_power_law(inputs, predicted, **options)
-    difference = scaling.bootstrap_difference(fit, own, confidence=options["confidence"])
+    low, high = scaling.bootstrap_difference(fit, own, confidence=options["confidence"]).intervals[0].tolist()
     return {
         "staleness_exponent": float(own.exponents[0]),
-        "learning_rate_exponent": float(own.exponents[1]),
+        "learning_rate_exponent": None if name == "response_msd" else float(own.exponents[1]),  # 1 by construction there
         "staleness_interval": own.intervals[0].tolist(),
-        "difference_interval": difference.intervals[0].tolist(),
+        "difference_interval": [low, high],
+        "rejected": options["groups"] is not None and not low <= 0 <= high,
     }
+
+
+def _local_exponents(chosen: Sequence[Row], options) -> list[dict[str, Any]]:
+    """The slope in S_rms of log ‖δ‖ between neighboring S, over the pairs of cells that share schedule, η and seed."""
+    by_staleness = collections.defaultdict(dict)
+    for c in chosen:
+        by_staleness[c["max_staleness"]][c["schedule"], c["learning_rate"], c["seed"]] = c
+    result = []
+    for low, high in itertools.pairwise(sorted(by_staleness)):
+        shared = [key for key in by_staleness[low] if key in by_staleness[high]]
+        pairs = [(by_staleness[low][key], by_staleness[high][key]) for key in shared]
+        if pairs:
+            result.append({"max_staleness": [low, high], **_local_exponent(pairs, [seed for *_, seed in shared], options)})
+    return result
+
+
+def _local_exponent(pairs: Sequence[tuple[Row, Row]], seeds: Sequence[int], options) -> dict[str, Any]:
+    """Least squares over pairs, each about its own mean: what η and schedule do to the level drops out."""
+    log_x, log_y = (np.log([[c[name] for c in pair] for pair in pairs]) for name in ("staleness_rms", "bias_rms"))
+    x, y = (np.exp(z - z.mean(axis=1, keepdims=True)).ravel() for z in (log_x, log_y))
+    groups = np.repeat(np.arange(len(pairs)) if options["groups"] is None else seeds, 2)
+    exponent, interval = float(np.log(x) @ np.log(y) / (np.log(x) @ np.log(x))), None
+    if len(np.unique(groups)) > 1:
+        interval = scaling.fit_power_law(x, y, **options | {"groups": groups}).intervals[0].tolist()
+    return {"exponent": exponent, "interval": interval, "num_pairs": len(pairs)}
 
 
 def _msd_exponents(cell_rows: Sequence[Row], config) -> list[dict[str, Any]]:
@@ -261,12 +302,26 @@ def _msd_exponents(cell_rows: Sequence[Row], config) -> list[dict[str, Any]]:
     return result
 
 
+def _local(local: Mapping[str, Any]) -> str:
+    low, high = local["max_staleness"]
+    interval = local["interval"]
+    return f"{low}-{high} {local['exponent']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
+
+
 def _radii(limit: Mapping[str, Any]) -> str:
-    collapse = limit["collapse"]
-    if math.isfinite(limit["critical_drift_radius"]):
-        critical = f"R_crit {limit['critical_drift_radius']:.3g} (update {collapse['collapse_step']} of a run without lag)"
-    elif collapse["largest_drift"] is not None:
-        critical = f"R_crit above {collapse['largest_drift']:.3g}: no collapse in the run without lag"
+    clip, critical, collapse = limit["batch_clip_radius"], limit["critical_drift_radius"], limit["collapse"]
+    if clip is None:
+        batch = "R_batch not measured"
+    elif math.isinf(clip):
+        batch = f"R_batch above {limit['largest_clip_radius_searched']:.3g}: the clip level is not reached before"
     else:
-        critical = "R_crit not measured"
-    return f"G_upd {limit['update_norm']:.3g}, R_batch {limit['batch_clip_radius']:.3g}, {critical}"
+        batch = f"R_batch {clip:.3g}"
+    if collapse["largest_drift"] is None:
+        crit = "R_crit not measured"
+    elif collapse["collapse_step"] is None:
+        crit = f"R_crit above {collapse['largest_drift']:.3g}: no collapse in the run without lag"
+    else:
+        how = "" if collapse["finite"] else ", not finite"
+        radius = "not known" if critical is None else f"{critical:.3g}"
+        crit = f"R_crit {radius} (update {collapse['collapse_step']} of a run without lag{how})"
+    return f"G_upd {limit['update_norm']:.3g}, {batch}, {crit}"

@@ -19,6 +19,7 @@ import numpy as np
 
 from jax_async_grpo import bias, compositions, exact, sampling, staleness, surrogate, warm_start
 from jax_async_grpo.aggregation import sequence_mean
+from jax_async_grpo.compiling import jit_once
 from jax_async_grpo.config_checks import (
     check_integer,
     check_keys,
@@ -49,6 +50,7 @@ UPDATES = ("exact", "sampled")
 FIT_VARIABLES = ("staleness_x_learning_rate", "drift")
 MIN_CYCLES = 4
 MAX_UPDATES = 2**31 - 1  # steps are int32
+_TINY_DRIFT = 1e-5  # of logits: inside every clip, and far above rounding in float64
 
 _TOP_KEYS = (
     "seed",
@@ -205,7 +207,8 @@ class Chunk:
       updates: "exact" or "sampled".
       learning_rate: η.
       cells: the runs.
-      measure_steps: [M] int, ascending; one step of every stratum of the declared η·t window.
+      measure_steps: [M] int, ascending; one step of every stratum of the declared η·t window, fewer where strata are
+        narrower than an update.
     """
 
     case: str
@@ -245,6 +248,7 @@ def validate(config: Mapping[str, Any]) -> None:
     for value in config["clip_epsilons"]:
         check_number(value, "clip_epsilons", lambda x: x > 0, "> 0")
     _check_group_size(config, build_algorithm(config))
+    _check_clip_epsilons(config)
     if not config["cases"]:
         raise ValueError("config.cases is empty; there is nothing to measure")
     for name in config["cases"]:
@@ -334,19 +338,21 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
     """Tries the loss and the advantage on four completions of two tokens, before a run depends on them.
 
     Raises:
-      ValueError: naming the field; they couple rows, so that the oracle is not exact, or the loss has no first-order law and
-        a case asks for it.
+      ValueError: naming the field; they couple rows, so that the oracle is not exact, or the loss has no first-order law or is
+        not the unclipped loss near ratio 1, and a case asks for the law and the parts.
     """
     algorithm = build_algorithm(config)
     if not any(case["first_order"] for case in config["cases"].values()):
         return
     rewards = np.array([[1.0, 0.0, 0.0, 1.0]])
     group_size = min(algorithm.group_size, 4)  # what is looked for does not depend on it, the cost does
-    options = algorithm.arguments() | dict(group_size=group_size, max_compositions=group_size, aggregation_fn=sequence_mean)
+    options = dict(group_size=group_size, max_compositions=group_size, aggregation_fn=sequence_mean)
 
-    def gradient(learner_logits, behavior_logits):
+    def gradient(learner_logits, behavior_logits, clipped=True):
+        arguments = algorithm.arguments(clipped=clipped) | options
+
         def objective(logits):
-            return exact.surrogate_objective(_two_tokens(logits), _two_tokens(behavior_logits), rewards, **options)
+            return exact.surrogate_objective(_two_tokens(logits), _two_tokens(behavior_logits), rewards, **arguments)
 
         return jax.grad(objective)(learner_logits)
 
@@ -357,6 +363,7 @@ def check_algorithm(config: Mapping[str, Any]) -> None:
         raise ValueError(f"{_refusal(config, error)}; or measure its bias alone, with first_order=False in all cases") from None
     except (TypeError, ValueError) as error:
         raise ValueError(_refusal(config, error)) from None
+    _check_unclipped_loss(config, gradient, logits, direction)
 
 
 def _check_group_size(config, algorithm: Algorithm) -> None:
@@ -392,6 +399,46 @@ def check_case(config: Mapping[str, Any], case: Case) -> None:
         raise ValueError(f"{_refusal(config, error)} (config.cases.{case.name})") from None
 
 
+def _check_clip_epsilons(config) -> None:
+    """R_batch is where the loss clips, so a loss that says where it does must say the same."""
+    try:
+        parameters = inspect.signature(resolve(config["loss"], "loss")).parameters
+    except ValueError:  # a builtin
+        return
+    for name, value in zip(("epsilon_low", "epsilon_high"), config["clip_epsilons"], strict=True):
+        if name not in parameters:
+            continue
+        of_loss = config["loss_options"].get(name, parameters[name].default)
+        if of_loss != value:
+            raise ValueError(
+                f"config.clip_epsilons is {tuple(config['clip_epsilons'])} and config.loss_options.{name} is {of_loss}; "
+                "R_batch is where the loss clips, so both must be the same"
+            )
+
+
+def _check_unclipped_loss(config, gradient, logits, direction) -> None:
+    """Near ratio 1 nothing is clipped: there the loss and the one without its clip have the same gradient and the same bias."""
+    behaviors = jnp.stack([logits, logits + _TINY_DRIFT * direction, logits - _TINY_DRIFT * direction])
+
+    @jit_once
+    def fresh_and_bias(behaviors):
+        def of(clipped):
+            fresh, *stale = jax.lax.map(lambda behavior: gradient(logits, behavior, clipped), behaviors)
+            return fresh, jnp.stack(stale) - fresh
+
+        return of(True), of(False)
+
+    of_loss, of_unclipped = fresh_and_bias(behaviors)
+    for clipped, unclipped in zip(of_loss, of_unclipped, strict=True):
+        difference, scale = float(jnp.linalg.norm(clipped - unclipped)), float(jnp.linalg.norm(clipped))
+        if not difference <= 0.01 * scale:
+            raise ValueError(
+                f"config.unclipped_loss is {config['unclipped_loss']!r} and config.loss is {config['loss']!r}; near ratio 1, "
+                f"where nothing is clipped, their gradients or biases differ by {difference / max(scale, 1e-300):.0%}: name "
+                "the loss without its clip (the loss itself if it has none), or set first_order=False in all cases"
+            )
+
+
 def _refusal(config, error) -> str:
     """The oracle's complaint, with the field it is about."""
     message = first_line(error)
@@ -421,7 +468,7 @@ def chunks(config: Mapping[str, Any]) -> list[Chunk]:
                 for seed in range(part["num_seeds"] if updates == "sampled" else 1)
             )
             for learning_rate in part["learning_rates"]:
-                steps = np.floor(times / learning_rate).astype(np.int32)
+                steps = np.unique(np.floor(times / learning_rate).astype(np.int32))
                 result.append(Chunk(name, updates, float(learning_rate), cells, steps))
     return result
 

@@ -3,7 +3,8 @@
 A *row* is one cell of the grid: `policy`, `task`, `optimizer`, `loss`, `schedule`, `updates` ("exact" | "sampled"),
 `max_staleness`, `learning_rate`, `seed`, `staleness_rms` (realised, updates), `bias_rms`, `relative_bias_rms`, `drift_rms`,
 `in_window` (it entered the fit). A *fit* is named by the same first six keys and holds `staleness_exponent`,
-`learning_rate_exponent`, `exponent`, `intervals` ({name of the exponent: [low, high]}), `r_squared`, `num_cells` and
+`learning_rate_exponent`, `exponent`, `intervals` ({name of the exponent: [low, high]}), `r_squared`, `num_cells`,
+`staleness_range` ([smallest, largest] S of its cells, which `staleness_exponent` depends on where the curve bends) and
 `variable`, what `exponent` belongs to: "staleness_x_learning_rate" (the default) or "drift"; a `schedule` of "all" means a fit
 over every schedule. Values of a fit may be missing or None.
 """
@@ -243,7 +244,10 @@ def _panel_title(panel: _Panel, panels: Sequence[_Panel]) -> str:
         fit = panel.fits[0]
         exponents = {"slope": "exponent", "in S": "staleness_exponent", "in η": "learning_rate_exponent"}
         known = {word: key for word, key in exponents.items() if fit.get(key) is not None}
-        return "\n".join(lines + [f"{word} {_with_interval(fit, key)}" for word, key in known.items()])
+        said = {word: f"{word} {_with_interval(fit, key)}" for word, key in known.items()}
+        if "in S" in said and fit.get("staleness_range"):
+            said["in S"] += " for S = {}..{}".format(*fit["staleness_range"])
+        return "\n".join([*lines, *said.values()])
     return "\n".join(lines + [f"{fit.get('schedule')}: slope {_with_interval(fit, 'exponent')}" for fit in panel.fits])
 
 
@@ -291,6 +295,7 @@ def _table_lines(fits, width: int, said: tuple[str, ...]) -> list[str]:
         "a_eta": [_with_interval(fit, "learning_rate_exponent") for fit in fits],
         "R^2": [f"{fit['r_squared']:.4f}" if fit.get("r_squared") is not None else "-" for fit in fits],
         "cells": [str(fit.get("num_cells", "-")) for fit in fits],
+        "S": ["{}..{}".format(*fit["staleness_range"]) if fit.get("staleness_range") else "-" for fit in fits],
     }
     table = _aligned(columns)
     if max(map(len, table)) <= width:

@@ -290,26 +290,30 @@ class StabilityLimit:
     """The two-constraint limit on the learning rate; see `max_stable_learning_rate`.
 
     Attributes:
-      max_learning_rate: min of `staleness_limit` and `horizon_limit`. The rule says η ≪ this: use a fraction of it.
-      staleness_limit: R_batch over the drift per learning rate within S updates, measured where it was given.
+      max_learning_rate: the smaller of the two limits, or the only one that was found; None where none was. The rule says
+        η ≪ this: use a fraction of it.
+      staleness_limit: R_batch over the drift per learning rate within S updates, measured where it was given; None where
+        R_batch was not measured, inf where a search did not reach it, and at S = 0.
       ballistic_staleness_limit: R_batch/(S·G_upd), the worst case in which every update points the same way.
-      horizon_limit: R_crit/(T·G_upd).
-      regime: "staleness-limited", "horizon-limited" or "unbounded" (neither radius is ever reached).
+      horizon_limit: R_crit/(T·G_upd); None where R_crit was not measured, inf where nothing collapsed.
+      regime: "staleness-limited" or "horizon-limited" where both were measured; else "horizon not measured", "staleness limit
+        not measured" or "neither measured"; "not reached" where both were looked for and neither radius was reached.
       max_staleness: S, updates.
       horizon: T, updates.
     """
 
-    max_learning_rate: float
-    staleness_limit: float
-    ballistic_staleness_limit: float
-    horizon_limit: float
+    max_learning_rate: float | None
+    staleness_limit: float | None
+    ballistic_staleness_limit: float | None
+    horizon_limit: float | None
     regime: str
     max_staleness: int
     horizon: int
 
-    def headroom(self, learning_rate: float) -> float:
-        """max_learning_rate / learning_rate: below 1 the limit is exceeded; inf where nothing limits."""
-        return self.max_learning_rate / _positive("learning_rate", learning_rate)
+    def headroom(self, learning_rate: float) -> float | None:
+        """max_learning_rate / learning_rate: below 1 the limit is exceeded; None where no limit was found."""
+        learning_rate = _positive("learning_rate", learning_rate)
+        return None if self.max_learning_rate is None else self.max_learning_rate / learning_rate
 
 
 def max_stable_learning_rate(
@@ -317,8 +321,8 @@ def max_stable_learning_rate(
     max_staleness: int,
     horizon: int,
     update_norm: float,
-    batch_clip_radius: float,
-    critical_drift_radius: float = math.inf,
+    batch_clip_radius: float | None,
+    critical_drift_radius: float | None = None,
     drift_per_learning_rate: float | None = None,
 ) -> StabilityLimit:
     """The two-constraint rule (arXiv 2607.01083; README, equation (7)).
@@ -332,8 +336,9 @@ def max_stable_learning_rate(
       max_staleness: S ≥ 0, updates. 0 has no staleness limit.
       horizon: T ≥ 1, updates.
       update_norm: G_upd, measured norm of one update divided by η.
-      batch_clip_radius: R_batch, parameter distance; inf if the clip level is never reached.
-      critical_drift_radius: R_crit, ‖θ−θ_0‖ at which the declared collapse rule fires; inf if it never does.
+      batch_clip_radius: R_batch, parameter distance; inf where the search did not reach the clip level, None = not measured.
+      critical_drift_radius: R_crit, ‖θ−θ_0‖ at which the declared collapse rule fires; inf where it did not, None = not
+        measured.
       drift_per_learning_rate: √MSD(S)/η, parameter distance per unit of learning rate; needs S ≥ 1.
 
     Returns:
@@ -345,24 +350,25 @@ def max_stable_learning_rate(
     max_staleness = _integer("max_staleness", max_staleness, minimum=0)
     horizon = _integer("horizon", horizon, minimum=1)
     update_norm = _positive("update_norm", update_norm)
-    batch_clip_radius = _positive("batch_clip_radius", batch_clip_radius, infinite=True)
-    critical_drift_radius = _positive("critical_drift_radius", critical_drift_radius, infinite=True)
-    ballistic = batch_clip_radius / (max_staleness * update_norm) if max_staleness else math.inf
-    staleness_limit = ballistic
+    if batch_clip_radius is not None:
+        batch_clip_radius = _positive("batch_clip_radius", batch_clip_radius, infinite=True)
+    if critical_drift_radius is not None:
+        critical_drift_radius = _positive("critical_drift_radius", critical_drift_radius, infinite=True)
+    ballistic_drift = max_staleness * update_norm
+    drift = ballistic_drift
     if drift_per_learning_rate is not None:
-        drift_per_learning_rate = _positive("drift_per_learning_rate", drift_per_learning_rate)
+        drift = drift_per_learning_rate = _positive("drift_per_learning_rate", drift_per_learning_rate)
         if max_staleness == 0:
             raise ValueError(f"drift_per_learning_rate={drift_per_learning_rate:g} needs max_staleness >= 1: MSD(0) is 0")
-        staleness_limit = batch_clip_radius / drift_per_learning_rate
-    horizon_limit = critical_drift_radius / (horizon * update_norm)
-    limit = min(staleness_limit, horizon_limit)
-    regime = "staleness-limited" if staleness_limit <= horizon_limit else "horizon-limited"
+    staleness_limit = _limit(batch_clip_radius, drift)
+    horizon_limit = _limit(critical_drift_radius, horizon * update_norm)
+    found = [limit for limit in (staleness_limit, horizon_limit) if limit is not None and math.isfinite(limit)]
     return StabilityLimit(
-        max_learning_rate=limit,
+        max_learning_rate=min(found, default=None),
         staleness_limit=staleness_limit,
-        ballistic_staleness_limit=ballistic,
+        ballistic_staleness_limit=_limit(batch_clip_radius, ballistic_drift),
         horizon_limit=horizon_limit,
-        regime="unbounded" if math.isinf(limit) else regime,
+        regime=_regime(staleness_limit, horizon_limit),
         max_staleness=max_staleness,
         horizon=horizon,
     )
@@ -372,7 +378,7 @@ def staleness_budget_line(limit: StabilityLimit, learning_rate: float) -> str:
     """One ASCII line for the hyperparameter table of a paper.
 
     `S=8, T=400, eta=0.001: S*eta=8.0e-3, T*eta=0.40, eta_max=0.012 (staleness-limited), headroom 12x`; where measured drift
-    set the limit, the ballistic limit follows the regime.
+    set the limit, the ballistic limit follows the regime. A limit that was not measured is said not to be.
 
     Args:
       limit: from `max_stable_learning_rate`; it knows S and T.
@@ -384,13 +390,30 @@ def staleness_budget_line(limit: StabilityLimit, learning_rate: float) -> str:
         f"S*eta={_short(limit.max_staleness * learning_rate)}",
         f"T*eta={_short(limit.horizon * learning_rate)}",
     ]
-    if limit.regime == "unbounded":
-        return ", ".join([*parts, "eta_max unbounded"])
+    if headroom is None:
+        return ", ".join([*parts, f"no eta_max found ({limit.regime})"])
     ballistic = ""
-    if limit.regime == "staleness-limited" and limit.ballistic_staleness_limit != limit.staleness_limit:
+    if limit.max_learning_rate == limit.staleness_limit != limit.ballistic_staleness_limit:
         ballistic = f"; {_short(limit.ballistic_staleness_limit)} if drift were ballistic"
     parts += [f"eta_max={_short(limit.max_learning_rate)} ({limit.regime}{ballistic})", f"headroom {_short(headroom)}x"]
     return ", ".join(parts) + (" (exceeded)" if headroom < 1 else "")
+
+
+def _limit(radius: float | None, drift_per_learning_rate: float) -> float | None:
+    """radius / drift per learning rate; inf where there is no drift, whatever the radius."""
+    if drift_per_learning_rate == 0:
+        return math.inf
+    return None if radius is None else radius / drift_per_learning_rate
+
+
+def _regime(staleness_limit: float | None, horizon_limit: float | None) -> str:
+    if staleness_limit is None:
+        return "neither measured" if horizon_limit is None else "staleness limit not measured"
+    if horizon_limit is None:
+        return "horizon not measured"
+    if math.isinf(min(staleness_limit, horizon_limit)):
+        return "not reached"
+    return "staleness-limited" if staleness_limit <= horizon_limit else "horizon-limited"
 
 
 def _short(value: float) -> str:

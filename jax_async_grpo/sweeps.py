@@ -30,8 +30,10 @@ class CellMeasurements(NamedTuple):
       reward: {name: [N, M]}, from `reward_fn`.
       msd: [N, M, K], ‖θ_t − θ_{t−s}‖² for s = 0..K−1.
       violations: {invariant: [N, M]}.
-      learner_params: [N, ...], θ at the last measured step.
-      behavior_params: [N, ...], φ at the last measured step.
+      learner_params: [N, ...], θ_t at the last measured step.
+      behavior_params: [N, ...], θ_{t−s} of the same step, s the largest lag of the schedule up to it: a schedule that varies
+        may have no lag at that very step.
+      pair_staleness: [N], that s, realised.
     """
 
     values: dict[str, jax.Array]
@@ -40,6 +42,7 @@ class CellMeasurements(NamedTuple):
     violations: dict[str, jax.Array]
     learner_params: Params
     behavior_params: Params
+    pair_staleness: jax.Array
 
 
 def bias_grid(
@@ -81,8 +84,9 @@ def bias_grid(
             capacity,
             measure,
         )
-        behavior_params, _ = staleness.read(state.history, schedule[measure_steps[-1]])
-        return CellMeasurements(*measured, state.params, behavior_params)
+        largest = jnp.max(jnp.where(jnp.arange(len(schedule)) <= measure_steps[-1], schedule, 0))
+        behavior_params, pair_staleness = staleness.read(state.history, largest)
+        return CellMeasurements(*measured, state.params, behavior_params, pair_staleness)
 
     @jit_repeated
     def run(params, learning_rate, schedules, keys, measure_steps):

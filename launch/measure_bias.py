@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from jax_async_grpo import bias_run, bias_summary, experiment, records, report
+from jax_async_grpo import bias_run, bias_summary, experiment, invariants, records, report
 from launch import command_line
 
 # Keys the config lacks pass here, so that the job's own check can name them and say which there are.
@@ -41,7 +41,7 @@ def main() -> int:
         print(experiment.describe(config, cases))
         return 0
     workdir = records.open_workdir(_WORKDIR.value, config, overwrite=_OVERWRITE.value, figures=("bias.png",))
-    interrupted = False
+    code, stopped = 0, ""
     with tqdm(total=len(experiment.chunks(config)), unit="chunk", disable=not sys.stderr.isatty()) as bar:
 
         def on_progress(chunk: experiment.Chunk, seconds: float) -> None:
@@ -53,12 +53,12 @@ def main() -> int:
 
         try:
             bias_run.run_chunks(config, workdir, on_progress)
-        except KeyboardInterrupt:
-            interrupted = True
+        except (KeyboardInterrupt, invariants.InvariantViolation) as stop:
+            code, stopped = (130, "\nInterrupted") if isinstance(stop, KeyboardInterrupt) else (1, f"error: {stop}")
     _report(config, workdir)
-    if interrupted:
-        print(f"\nInterrupted: what was measured is in {workdir.path}; the same command goes on from there.", file=sys.stderr)
-    return 130 if interrupted else 0
+    if stopped:
+        print(f"{stopped}: what was measured is in {workdir.path}; the same command goes on from there.", file=sys.stderr)
+    return code
 
 
 def _report(config: dict, workdir: records.Workdir) -> None:

@@ -60,12 +60,18 @@ def _clip_fractions(case, drifted):
 
 @pytest.mark.parametrize("level", [0.01, 0.05, 0.2])
 def test_batch_clip_radius_is_the_first_crossing_of_a_dense_scan(case, drifted, level):
-    radius = diagnostics.batch_clip_radius(case, *drifted, level=level, epsilons=(0.2, 0.3))
+    radius = diagnostics.batch_clip_radius(case, *drifted, level=level, epsilons=(0.2, 0.3))["batch_clip_radius"]
     radii = np.linspace(0, 4, 8001)
     fractions = np.asarray(_clip_fractions(case, drifted)(radii))
     assert fractions[0] == 0 and fractions.max() > level
     first = radii[np.argmax(fractions >= level)]
     assert first - (radii[1] - radii[0]) <= radius <= first * (1 + 1e-4)
+
+
+def test_a_level_that_is_not_reached_says_how_far_it_was_looked_for(case, drifted):
+    search = diagnostics.batch_clip_radius(case, *drifted, level=0.999999, epsilons=(0.2, 0.3))
+    drift = optax.tree.norm(optax.tree.sub(*drifted))
+    assert search == {"batch_clip_radius": np.inf, "largest_searched": pytest.approx(1000 * drift)}
 
 
 def test_clip_fraction_is_the_mean_over_all_groups(case, drifted):
@@ -102,15 +108,52 @@ def test_linear_response_and_parts_of_the_bias(case, drifted):
     np.testing.assert_allclose(parts["norm"]["total"], measured.norm, rtol=1e-9)
 
 
+def violated(case, violations) -> set[str]:
+    """Names above the tolerance of the case."""
+    allowed = diagnostics.tolerances(case.params)
+    return {name for name, value in violations.items() if value != diagnostics.NOT_APPLICABLE and not value <= allowed[name]}
+
+
 def test_invariants_hold_along_the_way(case, drifted):
-    violations = diagnostics.invariant_violations(case, drifted[0])
+    of_rollouts = diagnostics.rollout_violations(case)
+    violations = diagnostics.invariant_violations(case, drifted[0], of_rollouts)
     assert set(violations) == {
         "recorded_behavior_logprobs",
         "unit_ratio_at_zero_staleness",
+        "staleness_within_bound",
         "zero_sum_advantages",
         "no_behavior_gradient",
     }
-    assert max(violations.values()) < 1e-5
+    assert not violated(case, violations) and diagnostics.NOT_APPLICABLE not in violations.values()
+    stale = of_rollouts(jax.random.key(1), *drifted, 28, 8)
+    assert set(stale) == set(violations) - {"no_behavior_gradient"} and not violated(case, stale)
+    # θ and φ mixed up: log-probs of the learner recorded for tokens of the behavior policy, or a fresh batch that is not
+    assert violated(case, of_rollouts(jax.random.key(1), *drifted, 28, 0)) == {"unit_ratio_at_zero_staleness"}
+
+
+class RecordsTheLearner(experiment.Case):
+    """Draws from φ and records the log-probs of other parameters, as of the wrong version."""
+
+    def rollouts(self, key, behavior_params, step, policy_version):
+        rollouts = super().rollouts(key, behavior_params, step, policy_version - 1)
+        return dataclasses.replace(rollouts, behavior_logprobs=rollouts.behavior_logprobs + 1e-9)
+
+
+def test_wrong_records_of_stale_rollouts_are_seen(case, drifted):
+    fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
+    wrong = RecordsTheLearner(**fields)
+    violations = diagnostics.rollout_violations(wrong)(jax.random.key(1), *drifted, 28, 8)
+    assert violated(case, violations) == {"recorded_behavior_logprobs", "staleness_within_bound"}
+
+
+def test_float32_and_advantages_with_a_mean_are_no_violation(case, drifted):
+    plain = dataclasses.replace(case.algorithm, advantage_fn=lambda rewards: rewards)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), drifted)
+    other = dataclasses.replace(case, algorithm=plain, params=low[0])
+    violations = diagnostics.rollout_violations(other)(jax.random.key(1), *low, 28, 8)
+    assert violations["zero_sum_advantages"] == diagnostics.NOT_APPLICABLE and not violated(other, violations)
+    assert violations["recorded_behavior_logprobs"] > 0  # float32 rounding, which float64 tolerances would not allow
+    assert violated(case, violations) == {"recorded_behavior_logprobs"}
 
 
 def test_a_leaked_gradient_is_seen_by_the_job(case, drifted, monkeypatch):
@@ -119,7 +162,8 @@ def test_a_leaked_gradient_is_seen_by_the_job(case, drifted, monkeypatch):
         return exact.total_gradient(policy, learner_params, task, **algorithm)
 
     monkeypatch.setattr(exact, "surrogate_gradient", leaking)
-    assert diagnostics.invariant_violations(case, drifted[0])["no_behavior_gradient"] > 0.1
+    of_rollouts = diagnostics.rollout_violations(case)
+    assert diagnostics.invariant_violations(case, drifted[0], of_rollouts)["no_behavior_gradient"] > 0.1
 
 
 def test_collapse_comes_at_a_constant_product_of_step_and_learning_rate():
@@ -140,7 +184,23 @@ def test_without_a_proxy_nothing_collapses(case):
     assert collapse["critical_drift_radius"] == np.inf and collapse["collapse_step"] is None
     assert collapse["largest_drift"] > 1
     unmeasured = diagnostics.collapse_radius(case, fraction=0.7)
-    assert unmeasured["largest_drift"] is None
+    assert set(unmeasured.values()) == {None}
+
+
+@pytest.mark.parametrize("lost_at", [0, 50])
+def test_a_run_that_stops_being_finite_has_collapsed(case, lost_at):
+    config = dict(case.config) | dict(horizon_learning_rate=0.2, horizon_updates=200)
+
+    def exploding(learning_rate):
+        return optax.sgd(lambda count: jnp.where(count < lost_at, learning_rate, jnp.nan))
+
+    broken = dataclasses.replace(case, config=config, optimizer_fn=exploding)
+    collapse = diagnostics.collapse_radius(broken, fraction=0.7)
+    assert collapse["finite"] is False and collapse["collapse_step"] == lost_at + 1
+    if lost_at:  # at the last drift that was a number
+        assert collapse["critical_drift_radius"] == collapse["largest_drift"] > 0.5
+    else:  # before anything had moved
+        assert collapse["critical_drift_radius"] is None
 
 
 def test_response_of_the_gradient_to_drift_without_lag(case):

@@ -123,7 +123,11 @@ def test_the_default_config_and_odd_ones_are_valid():
         dict(cases__tabular__fit_variable="drift", cases__tabular__horizon_updates=5, cases__tabular__horizon_learning_rate=1),
         dict(cases__tabular__warm_start={"target_reward": 0.5}, cases__tabular__learning_rates=(np.float64(0.1), 0.125)),
         dict(group_size=1, advantage=f"{MINE}.rewards_themselves", loss=f"{MINE}.clip_of_my_own", loss_options={}),
-        dict(group_size=np.int64(3), max_compositions=1, num_bootstrap=100, seed=0, clip_epsilons=[0.1, 0.3]),
+        dict(
+            **dict(group_size=np.int64(3), max_compositions=1, num_bootstrap=100, seed=0),
+            **dict(clip_epsilons=[0.1, 0.3], loss_options=dict(epsilon_low=0.1, epsilon_high=0.3)),
+        ),
+        dict(loss=f"{MINE}.clip_of_my_own", loss_options={}, clip_epsilons=(0.3, 0.4)),
     ]:
         experiment.validate(make_config(cases=only, **changes))
 
@@ -227,6 +231,22 @@ def test_functions_that_refuse_their_options_are_named(changes, words):
     assert all(word in message for word in words)
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (dict(clip_epsilons=(0.2, 0.28)), ("config.clip_epsilons is (0.2, 0.28)", "config.loss_options.epsilon_high is 0.2")),
+        (
+            dict(loss_options=dict(epsilon_low=0.1)),
+            ("config.clip_epsilons is (0.2, 0.2)", "config.loss_options.epsilon_low is 0.1"),
+        ),
+        (dict(loss_options={}, clip_epsilons=(0.3, 0.2)), ("(0.3, 0.2)", "config.loss_options.epsilon_low is 0.2")),
+    ],
+)
+def test_the_clip_radius_is_that_of_the_loss(changes, named):
+    message = message_of(experiment.validate, make_config(**changes))
+    assert all(word in message for word in named)
+
+
 # Trying the algorithm and the cases before a run.
 
 
@@ -250,6 +270,25 @@ def test_what_the_oracle_cannot_do_is_refused_before_a_run(field, function, word
     config |= {field: f"{MINE}.{function}"}
     message = message_of(experiment.check_algorithm, config)
     assert message.startswith(f"config.{field} is '{MINE}.{function}'") and all(word in message for word in words)
+
+
+def twice_unclipped(logprobs, old_logprobs, advantages, mask=None):
+    return 2 * losses.importance_sampling(logprobs, old_logprobs, advantages, mask)
+
+
+@pytest.mark.parametrize(
+    ("loss", "unclipped_loss"),
+    [
+        # not the same gradient at ratio 1; the same there, but another first-order law
+        ("jax_async_grpo.losses.ppo_clip", f"{MINE}.twice_unclipped"),
+        ("jax_async_grpo.losses.reinforce", "jax_async_grpo.losses.importance_sampling"),
+    ],
+)
+def test_the_unclipped_loss_is_the_loss_near_ratio_1(loss, unclipped_loss):
+    config = make_config(loss=loss, loss_options={}, unclipped_loss=unclipped_loss)
+    message = message_of(experiment.check_algorithm, config)
+    assert f"config.unclipped_loss is {unclipped_loss!r} and config.loss is {loss!r}" in message and "ratio 1" in message
+    experiment.check_algorithm(config | {"unclipped_loss": loss})
 
 
 def test_a_loss_without_a_first_order_law_may_have_its_bias_measured():
@@ -436,6 +475,12 @@ def test_one_step_of_every_stratum_is_measured_at_matched_times():
     _, again = plan(updates=("exact",), learning_rates=rates, num_measurements=count, time_window=(6.0, 9.0))
     np.testing.assert_array_equal(chunks[0].measure_steps, again[0].measure_steps)
     assert (experiment.chunks(make_config(seed=1))[0].measure_steps != experiment.chunks(make_config())[0].measure_steps).any()
+
+
+def test_strata_narrower_than_an_update_share_a_step_that_counts_once():
+    _, chunks = plan(updates=("exact",), learning_rates=(0.01, 0.5), num_measurements=48, time_window=(16.0, 20.0))
+    fine, coarse = (chunk.measure_steps for chunk in chunks)
+    assert len(fine) == 48 and coarse.tolist() == [32, 33, 34, 35, 36, 37, 38, 39]
 
 
 def test_schedules_are_those_of_the_cells_and_padding_changes_nothing():

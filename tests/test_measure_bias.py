@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -20,7 +21,7 @@ import pytest
 from absl.testing import flagsaver
 from jax.experimental.compilation_cache import compilation_cache
 
-from jax_async_grpo import bias_run, bias_summary, experiment, invariants, losses, records, staleness, sweeps
+from jax_async_grpo import bias_run, bias_summary, diagnostics, experiment, losses, records, staleness, sweeps
 from launch import command_line, measure_bias
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ def get_config():
     config.cases = {{"tabular": config.cases.tabular}}
     config.cases.tabular.update(dict(
         schedules=("fixed", "periodic"), max_staleness=(0, 1, 3), learning_rates={RATES}, time_window=(0.5, 1.5),
-        num_measurements=8, num_seeds=2))
+        num_measurements=8, num_seeds=4))
     return config
 """
 CASE = "--config.cases.tabular."
@@ -137,9 +138,9 @@ def test_every_measured_step_of_every_cell_has_a_row(finished):
     runs = len(RATES) * 2 * 3  # times schedules, times S
     assert kinds == {
         ("measurement", "exact"): runs * 8,
-        ("measurement", "sampled"): 2 * runs * 8,
+        ("measurement", "sampled"): 4 * runs * 8,
         ("cell", "exact"): runs,
-        ("cell", "sampled"): 2 * runs,
+        ("cell", "sampled"): 4 * runs,
         ("chunk", "exact"): len(RATES),
         ("chunk", "sampled"): len(RATES),
         ("diagnostics", "exact"): 1,
@@ -187,7 +188,7 @@ def test_the_summary_holds_what_is_promised(finished):
     summary = records.read_json(finished[0] / "summary.json")
     promised = "fits linear_response_error decomposition stability_limit seconds versions complete msd num_cells"
     assert set(promised.split()) <= set(summary)
-    assert summary["complete"] is True and summary["num_cells"] == 54 and summary["seconds"] > 0
+    assert summary["complete"] is True and summary["num_cells"] == 90 and summary["seconds"] > 0
     assert summary["versions"]["jax"] == jax.__version__
     assert [(fit["updates"], fit["schedule"]) for fit in summary["fits"]] == [
         (updates, schedule) for updates in ("exact", "sampled") for schedule in ("fixed", "periodic", "all")
@@ -196,7 +197,8 @@ def test_the_summary_holds_what_is_promised(finished):
     for fit in summary["fits"]:
         named = {key: fit[key] for key in ("policy", "task", "optimizer", "loss")}
         assert named == {"policy": "tabular", "task": "bandit", "optimizer": "sgd", "loss": "ppo_clip"}
-        assert fit["num_cells"] == (2 - (fit["schedule"] != "all")) * 6 * (1 + (fit["updates"] == "sampled"))
+        assert fit["num_cells"] == (2 - (fit["schedule"] != "all")) * 6 * (4 if fit["updates"] == "sampled" else 1)
+        assert fit["staleness_range"] == [1, 3]
         for name in exponents:
             low, high = fit["intervals"][name]
             assert low <= high and low - 1e-9 <= fit[name] <= high + 1e-9 and math.isfinite(low + high)
@@ -208,6 +210,82 @@ def test_the_summary_holds_what_is_promised(finished):
     # at the reference cell: the middle rate, the fixed schedule, S = 3
     assert limit["learning_rate"] == RATES[1] and limit["staleness_budget"].startswith("S=3, T=")
     assert limit["headroom"] > 1 and limit["batch_clip_radius"] > 0
+    assert limit["regime"] == "horizon not measured" and limit["horizon_limit"] is limit["critical_drift_radius"] is None
+
+
+def test_sampled_updates_have_another_law_and_the_first_order_law_predicts_it(finished):
+    fits = {(fit["updates"], fit["schedule"]): fit for fit in records.read_json(finished[0] / "summary.json")["fits"]}
+    sampled, exact = fits["sampled", "all"], fits["exact", "all"]
+    assert sampled["intervals"]["staleness_exponent"][1] < 0.95 < exact["staleness_exponent"]
+    assert 0.85 < sampled["learning_rate_exponent"] < 1.05
+    # distance alone is rejected, distance as the gradient sees it is not
+    rejected = {name: prediction["rejected"] for name, prediction in sampled["predictions"].items()}
+    assert rejected == {"drift": True, "msd": True, "response_msd": False}
+    assert abs(sampled["predictions"]["response_msd"]["staleness_exponent"] - sampled["staleness_exponent"]) < 0.06
+    assert sampled["predictions"]["response_msd"]["learning_rate_exponent"] is None
+    assert not any(prediction["rejected"] for prediction in exact["predictions"].values())
+    assert "is rejected here" in finished[1].out and "first-order law along runs without lag, same seeds" in finished[1].out
+
+
+def test_the_exponent_between_neighboring_staleness_is_that_of_the_two(finished):
+    """From the cells themselves, whose schedules, rates and seeds match."""
+    config = records.read_json(finished[0] / "config.json")
+    cells = bias_summary.cells(rows_of(finished[0]), config)
+    for fit in records.read_json(finished[0] / "summary.json")["fits"]:
+        (local,) = fit["local_exponents"]
+        assert local["max_staleness"] == [1, 3] and local["num_pairs"] == fit["num_cells"] / 2
+        low, high = local["interval"]
+        assert low < local["exponent"] < high
+        if fit["schedule"] == "fixed":  # S_rms is 1 and 3 in all of them
+            mine = [c for c in cells if (c["updates"], c["schedule"]) == (fit["updates"], "fixed")]
+            means = [np.mean([math.log(c["bias_rms"]) for c in mine if c["max_staleness"] == s]) for s in (1, 3)]
+            assert local["exponent"] == pytest.approx((means[1] - means[0]) / math.log(3), rel=1e-9)
+
+
+SMALL = (EXACT, f"{CASE}first_order=False", f"{CASE}schedules=('fixed',)")
+
+
+def test_a_schedule_without_lag_at_the_last_step_is_diagnosed_all_the_same(tmp_path, config_file):
+    small = (f"{CASE}max_staleness=(0, 1)", f"{CASE}learning_rates=(0.02, 0.04, 0.16)", "--config.seed=2")
+    result = job(config_file, EXACT, f"{CASE}schedules=('random',)", *small, f"--workdir={tmp_path}")
+    assert result.code == 0, result.err
+    rows, summary = rows_of(tmp_path), records.read_json(tmp_path / "summary.json")
+    (diagnosed,) = (row for row in rows if row["kind"] == "diagnostics")
+    reference = {key: diagnosed[key] for key in ("learning_rate", "max_staleness", "schedule", "step")}
+    assert reference == {"learning_rate": 0.04, "max_staleness": 1, "schedule": "random", "step": diagnosed["step"]}
+    (last,) = (row for row in rows if row["kind"] == "measurement" and reference.items() <= row.items())
+    assert last["staleness/realised"] == 0 and diagnosed["pair_staleness"] == 1 and diagnosed["drift"] > 1e-3
+    limit = summary["stability_limit"]["tabular"]
+    assert 0 < limit["batch_clip_radius"] < math.inf and 0 < limit["max_learning_rate"] < math.inf
+    assert summary["linear_response_error"]["tabular"]["relative_error_at_1e-3"] < 1e-3
+    assert sum(summary["decomposition"]["tabular"]["share"].values()) == pytest.approx(1)
+    assert "unbounded" not in result.out
+    # at the largest rate strata are narrower than an update: a step counts once
+    (chunk,) = (row for row in rows if row["kind"] == "chunk" and row["learning_rate"] == 0.16)
+    steps = [row["step"] for row in rows if row["kind"] == "measurement" and row["learning_rate"] == 0.16]
+    assert chunk["num_measurements"] == len(set(steps)) == 6 and len(steps) == 2 * 6
+
+
+def test_without_staleness_a_run_is_complete_and_not_built_again(tmp_path, config_file, monkeypatch):
+    arguments = (config_file, *SMALL, f"{CASE}max_staleness=(0,)", f"{CASE}learning_rates=(0.02,)", f"--workdir={tmp_path}")
+    result = job(*arguments)
+    assert result.code == 0, result.err
+    summary = records.read_json(tmp_path / "summary.json")
+    assert summary["complete"] is True and summary["fits"] == []
+    limit = summary["stability_limit"]["tabular"]
+    assert limit["batch_clip_radius"] is limit["max_learning_rate"] is limit["headroom"] is None
+    assert "no eta_max found (horizon not measured)" in result.out and "R_batch not measured" in result.out
+    monkeypatch.setattr(bias_run, "build_case", forbidden)
+    assert job(*arguments).code == 0
+    assert summary_of(tmp_path) == {key: value for key, value in summary.items() if key not in ("seconds", "versions")}
+
+
+def test_float32_parameters_are_held_to_float32(tmp_path, config_file):
+    low = (f"{CASE}policy_options.dtype=float32", f"{CASE}learning_rates=(0.02,)", f"{CASE}schedules=('fixed',)")
+    result = job(config_file, EXACT, *low, f"--workdir={tmp_path}")
+    assert result.code == 0, result.err
+    (diagnosed,) = (row for row in rows_of(tmp_path) if row["kind"] == "diagnostics")
+    assert 1e-12 < diagnosed["invariants"]["recorded_behavior_logprobs"] < 1e-5
 
 
 def test_what_is_printed_is_what_is_in_the_summary(finished):
@@ -336,11 +414,49 @@ def test_a_violated_invariant_is_named_and_its_chunk_not_recorded(tmp_path, conf
 
     monkeypatch.setattr(sweeps, "bias_grid", violating)
     step = experiment.chunks(_loaded(config_file))[1].measure_steps[5]
-    with pytest.raises(invariants.InvariantViolation) as error:
-        job(config_file, EXACT, f"--workdir={tmp_path}")
-    for word in ("tabular/exact/0.02", "periodic S=1 seed 0", "ring_version", str(step), "2"):
-        assert word in str(error.value)
+    result = job(config_file, EXACT, f"--workdir={tmp_path}")
+    violation_line(result, "tabular/exact/0.02", "periodic S=1 seed 0", f"ring_version violated at step {step}: 2 > ")
     assert {row["chunk"] for row in rows_of(tmp_path)} == {f"tabular/exact/{RATES[0]}"}
+    summary = records.read_json(tmp_path / "summary.json")
+    assert summary["complete"] is False and summary["num_cells"] == 6
+
+
+def violation_line(result: Result, *words: str) -> None:
+    assert result.code == 1 and result.err.startswith("error: ") and result.err.count("\n") == 1, result.err
+    for word in words:
+        assert word in result.err, result.err
+
+
+def test_a_single_seed_gives_no_fit_and_no_error(finished):
+    config = records.read_json(finished[0] / "config.json")
+    rows = [row for row in rows_of(finished[0]) if not row.get("seed")]
+    fits = bias_summary.summary(rows, config, {})["fits"]
+    assert {fit["updates"] for fit in fits} == {"exact"}  # nothing to resample, so no interval
+
+
+def test_an_invariant_that_fails_in_the_diagnostics_costs_no_finished_chunk(tmp_path, config_file, monkeypatch):
+    violations = {"recorded_behavior_logprobs": 0.5, "zero_sum_advantages": diagnostics.NOT_APPLICABLE}
+    monkeypatch.setattr(diagnostics, "invariant_violations", lambda *_: violations)
+    result = job(config_file, EXACT, f"--workdir={tmp_path}")
+    violation_line(result, f"tabular/exact/{RATES[1]}", "fixed S=3 seed 0", "recorded_behavior_logprobs", "0.5 > ")
+    assert bias_run.finished_chunks(rows_of(tmp_path)) == {f"tabular/exact/{rate}" for rate in RATES[:2]}
+    assert "diagnostics" not in {row["kind"] for row in rows_of(tmp_path)}
+
+
+def test_rollouts_of_sampled_updates_are_held_to_their_records(tmp_path, config_file, monkeypatch):
+    original = experiment.Case.rollouts
+
+    def drawn_elsewhere(case, key, behavior_params, step, policy_version):
+        elsewhere = jax.tree.map(lambda leaf: 1.001 * leaf, behavior_params)
+        rollouts = original(case, key, behavior_params, step, policy_version)
+        recorded = original(case, key, elsewhere, step, policy_version).behavior_logprobs
+        return dataclasses.replace(rollouts, behavior_logprobs=recorded)
+
+    monkeypatch.setattr(experiment.Case, "rollouts", drawn_elsewhere)
+    sampled = (f"{CASE}updates=('sampled',)", f"{CASE}num_seeds=1", f"{CASE}schedules=('fixed',)")
+    result = job(config_file, *sampled, f"--workdir={tmp_path}")
+    violation_line(result, f"tabular/sampled/{RATES[0]}", "fixed S=3 seed 0", "recorded_behavior_logprobs")
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def _loaded(config_file: str) -> dict:
@@ -359,7 +475,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, config_file, mo
         assert result.code == 0 and result.err == ""
         assert [line.split()[:3] for line in result.out.split("\n")[1:3]] == [
             ["tabular", "exact", "18"],
-            ["tabular", "sampled", "36"],
+            ["tabular", "sampled", "72"],
         ]
     assert list(tmp_path.iterdir()) == []
 
@@ -397,7 +513,7 @@ def test_a_workdir_of_another_config_is_refused_and_overwrite_starts_afresh(copy
     (copy_of_finished / "notes.txt").write_text("mine")
     before = {file.name: file.read_bytes() for file in copy_of_finished.iterdir()}
     other = (config_file, "--config.seed=1", f"{CASE}num_seeds=3", f"--workdir={copy_of_finished}")
-    refused_line(job(*other), "seed is 0 there and 1 here", "num_seeds is 2 there and 3 here", "--overwrite")
+    refused_line(job(*other), "seed is 0 there and 1 here", "num_seeds is 4 there and 3 here", "--overwrite")
     assert {file.name: file.read_bytes() for file in copy_of_finished.iterdir()} == before
     assert job(*other, "--overwrite").code == 0
     assert records.read_json(copy_of_finished / "config.json")["seed"] == 1

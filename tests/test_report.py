@@ -98,6 +98,12 @@ def test_the_fit_passes_through_its_cells_and_the_guide_has_slope_one(drawn):
     assert "S_" in ax.get_xlabel() and "learning rate" in ax.get_xlabel() and "bias" in ax.get_ylabel()
 
 
+def test_a_panel_says_which_staleness_its_exponent_is_of(tmp_path):
+    rows, (fit,) = synthetic()
+    (ax,) = report.bias_figure(rows, [{**fit, "staleness_range": [1, 16]}], tmp_path / "bias.png").axes
+    assert "in S 0.73 [0.70, 0.76] for S = 1..16" in ax.get_title(loc="left")
+
+
 def test_a_fit_of_one_schedule_goes_through_the_cells_of_that_schedule(tmp_path):
     rows, (fit,) = synthetic()
     rows = [{**row, "bias_rms": row["bias_rms"] * (1 if row["schedule"] == "fixed" else 10)} for row in rows]
@@ -220,6 +226,13 @@ def test_table_names_the_variable_where_it_differs():
     rows = report.fits_table(fits).split("\n")[-2:]
     assert rows[0].startswith("S*eta") and rows[1].startswith("drift")
     assert "exponent in drift" in report.fits_table(fits[1:])
+
+
+def test_table_says_which_staleness_an_exponent_is_of():
+    _, fits = synthetic(("tabular", "linear"))
+    head, _, *rows = report.fits_table([{**fits[0], "staleness_range": [1, 32]}, fits[1]]).split("\n")[-4:]
+    column = head.index(" S") + 1
+    assert [row[column:] for row in rows] == ["1..32", "-"]
 
 
 def test_table_of_nothing_and_of_gaps():

@@ -375,15 +375,41 @@ def test_measured_drift_replaces_the_ballistic_one_and_both_are_reported():
     assert same.staleness_limit == same.ballistic_staleness_limit
 
 
-def test_no_staleness_and_no_radius_have_no_limit():
-    arguments = dict(horizon=100, update_norm=2.0, batch_clip_radius=0.1)
-    synchronous = scaling.max_stable_learning_rate(max_staleness=0, **arguments)
-    assert synchronous.staleness_limit == synchronous.max_learning_rate == math.inf
-    assert (synchronous.regime, synchronous.headroom(1.0)) == ("unbounded", math.inf)
-    horizon = scaling.max_stable_learning_rate(max_staleness=0, critical_drift_radius=20.0, **arguments)
-    assert (horizon.regime, horizon.max_learning_rate) == ("horizon-limited", 0.1)
-    never = scaling.max_stable_learning_rate(max_staleness=8, **arguments | {"batch_clip_radius": math.inf})
-    assert never.regime == "unbounded"
+@pytest.mark.parametrize(
+    "max_staleness, clip_radius, critical_radius, limits, regime",
+    [
+        (8, 0.1, 20.0, (0.1 / 16, 0.1), "staleness-limited"),
+        (8, 0.1, math.inf, (0.1 / 16, math.inf), "staleness-limited"),
+        (8, 0.1, None, (0.1 / 16, None), "horizon not measured"),
+        (8, math.inf, 20.0, (math.inf, 0.1), "horizon-limited"),
+        (8, math.inf, math.inf, (math.inf, math.inf), "not reached"),
+        (8, math.inf, None, (math.inf, None), "horizon not measured"),
+        (8, None, 20.0, (None, 0.1), "staleness limit not measured"),
+        (8, None, None, (None, None), "neither measured"),
+        (0, 0.1, 20.0, (math.inf, 0.1), "horizon-limited"),
+        (0, None, None, (math.inf, None), "horizon not measured"),
+    ],
+)
+def test_what_was_not_measured_or_not_reached_is_neither_a_limit_nor_its_absence(
+    max_staleness, clip_radius, critical_radius, limits, regime
+):
+    limit = scaling.max_stable_learning_rate(
+        max_staleness=max_staleness,
+        horizon=100,
+        update_norm=2.0,
+        batch_clip_radius=clip_radius,
+        critical_drift_radius=critical_radius,
+    )
+    assert (limit.staleness_limit, limit.horizon_limit) == pytest.approx(limits) and limit.regime == regime
+    found = [value for value in limits if value is not None and value < math.inf]
+    line = scaling.staleness_budget_line(limit, 1e-4)
+    if found:
+        assert limit.max_learning_rate == pytest.approx(min(found)) and limit.headroom(1e-4) == pytest.approx(min(found) / 1e-4)
+        assert f"({regime})" in line and "headroom" in line
+    else:
+        assert limit.max_learning_rate is None and limit.headroom(1e-4) is None
+        assert line.endswith(f", no eta_max found ({regime})")
+    assert "unbounded" not in line and "inf" not in line
 
 
 @pytest.mark.parametrize(
@@ -422,8 +448,10 @@ def test_budget_line():
         "S=8, T=400, eta=1e-07: S*eta=8.0e-7, T*eta=4.0e-5, eta_max=0.048 (staleness-limited; 0.012 if drift were ballistic), "
         "headroom 4.8e5x"
     )
-    free = scaling.max_stable_learning_rate(max_staleness=0, horizon=400, update_norm=1.0, batch_clip_radius=1.0)
-    assert scaling.staleness_budget_line(free, 0.5) == "S=0, T=400, eta=0.5: S*eta=0.0, T*eta=200, eta_max unbounded"
+    alone = scaling.max_stable_learning_rate(**arguments | {"critical_drift_radius": None}, drift_per_learning_rate=2.0)
+    assert scaling.staleness_budget_line(alone, 1e-3).endswith(
+        "eta_max=0.048 (horizon not measured; 0.012 if drift were ballistic), headroom 48x"
+    )
     for bad in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ValueError, match="learning_rate="):
             scaling.staleness_budget_line(limit, bad)

@@ -186,9 +186,11 @@ def test_a_grid_measures_what_a_plain_loop_does():
             gradient = gradient_fn(KEYS[cell], params, behavior, np.int32(step), np.int32(max(step - lag, 0)))
             versions.append(jax.tree.map(lambda leaf, g: np.asarray(leaf + LEARNING_RATE * g), params, gradient))
         assert row == len(MEASURE_STEPS)
-        # θ and φ of the last measured step, which here is the last step
+        # θ of the last measured step, which here is the last step, and the oldest version the schedule asks for there
         last = jax.tree.map(lambda x, i=cell: x[i], (cells.learner_params, cells.behavior_params))
-        assert_trees_close(last, (versions[-2], versions[-2 - schedule[-1]]), tolerance=1e-12)
+        assert_trees_close(last, (versions[-2], versions[-2 - schedule.max()]), tolerance=1e-12)
+        assert cells.pair_staleness[cell] == schedule.max()
+    assert SCHEDULES[2, -1] < SCHEDULES[2].max()  # else nothing would tell the two apart
 
 
 def test_a_grid_has_no_bias_without_lag_and_no_violations():
@@ -243,6 +245,7 @@ EXPERIMENTS = {
     "tabular, sgd": Experiment(_TABULAR, _RANDOM, _BANDIT, optax.sgd, (0.02, 0.04, 0.08), (6, 12), 0.2),
     "tabular, adam": Experiment(_TABULAR, _RANDOM, _BANDIT, optax.adam, (5e-4, 1e-3, 2e-3), (0.2, 0.4), 0.006),
     "linear, sgd": Experiment(_LINEAR, _UNIFORM, _SUMS, optax.sgd, (0.01, 0.02, 0.04), (8, 16), 0.2),
+    "linear, adam": Experiment(_LINEAR, _UNIFORM, _SUMS, optax.adam, (2.5e-4, 5e-4, 1e-3), (0.2, 0.4), 0.005),
 }
 
 
