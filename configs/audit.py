@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import ml_collections
 
+from jax_async_grpo.losses import k3
+from jax_async_grpo.masked import masked_mean
+
 
 def get_config() -> ml_collections.ConfigDict:
     """The default audit."""
@@ -85,6 +88,8 @@ def get_config() -> ml_collections.ConfigDict:
             sequence_mis=_correction(corrections + "sequence_mis", cap=3.0),
             sequence_mask_tis=_correction(corrections + "sequence_mask_tis", low=0.5, high=2.0),
             geometric_mask=_correction(corrections + "geometric_mask", low=0.5, high=2.0),
+            k3_rejection=_correction(corrections + "k_rejection", estimator=k3, level=masked_mean, threshold=0.05),
+            opsm=_correction(corrections + "opsm", threshold=0.05),
         )
     )
     config.extra_losses = ""  # dotted names, separated by commas

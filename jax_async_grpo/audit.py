@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_async_grpo import bias, closed_form, corrections, exact, experiment, moments
+from jax_async_grpo import bias, closed_form, corrections, exact, experiment, losses, moments
 from jax_async_grpo.audit_points import Points, build_points, guard_step, reference_case
-from jax_async_grpo.compiling import jit_once
+from jax_async_grpo.compiling import jit_once, jit_repeated
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, first_line, resolve
 from jax_async_grpo.records import Workdir, read_jsonl
 
@@ -154,21 +154,24 @@ def run_entries(config: Mapping[str, Any], workdir: Workdir, on_progress: Callab
     if not todo:
         return
     case = reference_case(config)
-    points = build_points(config, case)
+    points, measurement = build_points(config, case), _measurement(case)
     for entry in todo:
-        workdir.append_rows(RECORDS, _audit(config, case, points, entry))
+        workdir.append_rows(RECORDS, _audit(config, case, points, measurement, entry))
         on_progress(entry)
 
 
-def _audit(config, case: experiment.Case, points: Points, entry: Entry) -> list[dict[str, Any]]:
+def _audit(config, case: experiment.Case, points: Points, measurement: Callable, entry: Entry) -> list[dict[str, Any]]:
     """All records of one entry."""
     identity = {"entry": entry.name, "loss": entry.loss, "correction": entry.correction}
     done = {"kind": "entry", **identity}
     try:
-        measured = jax.device_get(_compiled(case, entry, config["proximal_fraction"])(*points.arrays()))
+        tables, slopes = _tables(case, entry, config["proximal_fraction"])(
+            points.learner, points.behavior, points.proximal, points.tangent
+        )
     except ValueError as error:
         refused = {"kind": "refused", **identity, "reason": first_line(error)}
         return [refused | _by_brute_force(config, case, points, entry), done]
+    measured = jax.device_get(measurement(points.learner, points.behavior, points.tangent, points.jacobian, tables, slopes))
     kinds = np.array([label["kind"] for label in points.labels])
     rows = []
     for index in np.flatnonzero(kinds == "point"):
@@ -190,7 +193,8 @@ def _by_brute_force(config, case: experiment.Case, points: Points, entry: Entry)
     if not group_size:
         return {}
     at = next(i for i, label in enumerate(points.labels) if _is_ranking_point(config, label))
-    learner, behavior, proximal, _, jacobian = (jnp.asarray(x[at]) for x in points.arrays())
+    arrays = (points.learner, points.behavior, points.proximal, points.jacobian)
+    learner, behavior, proximal, jacobian = (jnp.asarray(x[at]) for x in arrays)
 
     def gradient(loss_fn, denominator):
         def objective(logprobs):
@@ -255,62 +259,85 @@ def _curve(config, case, points: Points, measured, kinds) -> dict[str, Any]:
     return row | {"first_order_coefficient": coefficient, "saturation_drift": saturation, "kink": None}
 
 
-def _compiled(case: experiment.Case, entry: Entry, proximal_fraction: float) -> Callable:
-    """The arrays of `Points` -> everything measured there, with the same leading axis."""
+def _tables(case: experiment.Case, entry: Entry, proximal_fraction: float) -> Callable:
+    """(learner, behavior, proximal, tangent) with a leading axis of points -> [N, 2, B, Y, C, L], [N, B, Y, C, L].
 
-    def groups_of(learner, denominator, sampling, statistics):
-        return closed_form.enumerate_groups(
-            learner,
-            denominator["behavior"],
-            case.task.rewards,
-            case.task.mask,
-            group_size=case.algorithm.group_size,
-            loss_fn=entry.loss_fn,
-            advantage_fn=case.algorithm.advantage_fn,
-            aggregation_fn=case.algorithm.aggregation_fn,
-            proximal_logprobs=denominator["proximal"] if entry.proximal else None,
-            sampling_logprobs=sampling,
-            statistics_logprobs=statistics,
-            detached_logprobs=learner,
-            max_compositions=case.algorithm.max_compositions,
-        )
+    The derivative of every row's loss in its own log-probs, ascent direction, with fresh and with stale denominators, and the
+    derivative of the fresh one along the drift: all that an audit needs of a loss.
+    """
 
     def table(learner, denominator):
-        groups = groups_of(learner, denominator, denominator["behavior"], denominator["behavior"])
+        groups = _groups(
+            case,
+            learner,
+            denominator["behavior"],
+            denominator["behavior"],
+            entry.loss_fn,
+            behavior=denominator["behavior"],
+            proximal=denominator["proximal"] if entry.proximal else None,
+        )
         return closed_form.row_gradients(groups, entry.loss_fn, case.algorithm.aggregation_fn)
 
-    def gradient(groups, rows, jacobian):
-        return jnp.einsum("by,bc,bycl,byld->d", groups.own, groups.others, rows, jacobian) / len(case.task.prompts)
-
     def of_point(arguments):
-        learner, behavior, proximal, tangent, jacobian = arguments
+        learner, behavior, proximal, tangent = arguments
         fresh, stale = {"behavior": learner, "proximal": learner}, {"behavior": behavior, "proximal": proximal}
         # fresh and stale are two turns of one loop body, so that a point without drift has a bias of exactly 0
         both = jax.tree.map(lambda *x: jnp.stack(x), fresh, stale)
-        tables = jax.lax.map(functools.partial(table, learner), both)
-        subsets = jnp.asarray(list(itertools.product((0, 1), repeat=3)))
-
-        def of_subset(which):
-            pick = [both["behavior"][which[0]], both["behavior"][which[2]]]
-            denominator = jax.tree.map(lambda x: x[which[1]], both)
-            groups = groups_of(learner, denominator, *pick)
-            return gradient(groups, tables[which[1]], jacobian)
-
-        gradients = jax.lax.map(of_subset, subsets)
-        groups = groups_of(learner, stale, behavior, behavior)
-        spread = {
-            "grad/variance": moments.gradient_moments(groups, jacobian, tables[1]).variance,
-            "zero_gradient_fraction": moments.zero_gradient_fraction(groups, tables[1]),
-        }
-
-        def of_behavior(denominator):
-            own = groups_of(learner, denominator, denominator["behavior"], denominator["behavior"])
-            return gradient(own, table(learner, denominator), jacobian)
-
         direction = {"behavior": tangent, "proximal": proximal_fraction * tangent}
-        return _numbers(gradients) | spread | {"derivative": jax.jvp(of_behavior, (fresh,), (direction,))[1]}
+        slope = jax.jvp(functools.partial(table, learner), (fresh,), (direction,))[1]
+        return jax.lax.map(functools.partial(table, learner), both), slope
 
     return jit_once(lambda *points: jax.lax.map(of_point, points))
+
+
+def _measurement(case: experiment.Case) -> Callable:
+    """(learner, behavior, tangent, jacobian, tables, slopes) of all points -> everything measured there.
+
+    It holds no loss, so that one compilation serves all entries.
+    """
+
+    def weights(learner, sampling, statistics):
+        return _groups(case, learner, sampling, statistics, losses.reinforce, behavior=learner)
+
+    def gradient(groups, table, jacobian):
+        return jnp.einsum("by,bc,bycl,byld->d", groups.own, groups.others, table, jacobian) / len(case.task.prompts)
+
+    def of_point(arguments):
+        learner, behavior, tangent, jacobian, tables, slope = arguments
+        draws = jnp.stack([learner, behavior])
+
+        def of_subset(which):
+            groups = weights(learner, draws[which[0]], draws[which[2]])
+            return gradient(groups, tables[which[1]], jacobian)
+
+        gradients = jax.lax.map(of_subset, jnp.asarray(list(itertools.product((0, 1), repeat=3))))
+        stale = weights(learner, behavior, behavior)
+        by_draws = jax.jvp(lambda x: gradient(weights(learner, x, x), tables[0], jacobian), (learner,), (tangent,))[1]
+        return _numbers(gradients) | {
+            "grad/variance": moments.gradient_moments(stale, jacobian, tables[1]).variance,
+            "zero_gradient_fraction": moments.zero_gradient_fraction(stale, tables[1]),
+            "derivative": by_draws + gradient(weights(learner, learner, learner), slope, jacobian),
+        }
+
+    return jit_repeated(lambda *points: jax.lax.map(of_point, points))
+
+
+def _groups(case: experiment.Case, learner, sampling, statistics, loss_fn, *, behavior, proximal=None) -> closed_form.Groups:
+    return closed_form.enumerate_groups(
+        learner,
+        behavior,
+        case.task.rewards,
+        case.task.mask,
+        group_size=case.algorithm.group_size,
+        loss_fn=loss_fn,
+        advantage_fn=case.algorithm.advantage_fn,
+        aggregation_fn=case.algorithm.aggregation_fn,
+        proximal_logprobs=proximal,
+        sampling_logprobs=sampling,
+        statistics_logprobs=statistics,
+        detached_logprobs=learner,
+        max_compositions=case.algorithm.max_compositions,
+    )
 
 
 def _numbers(gradients: jax.Array) -> dict[str, jax.Array]:

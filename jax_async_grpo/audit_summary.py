@@ -45,7 +45,7 @@ _COLUMNS = {
     "statistics": "statistics",
     "zero_gradient": "no gradient",
     "relative_slope": "slope at 0",
-    "saturation": "law holds to",
+    "saturation": "law left at",
     "relative_std": "std",
 }
 _COLUMNS_OF_PANELS = 5
@@ -53,7 +53,7 @@ LEGEND = (
     "relative bias: ‖H(θ,φ) − H(θ,θ)‖/‖H(θ,θ)‖, exact · cosine: between the stale and the fresh gradient · sampling, "
     "denominator, statistics: share of the bias by the role in which the behavior policy is stale, 1 in sum · no gradient: "
     "expected share of the tokens with an advantage whose gradient is 0 · slope at 0: relative bias per unit of drift to first "
-    "order, 'kink' where there is none · law holds to: the first drift of the curve at which the bias leaves the first-order "
+    "order, 'kink' where there is none · law left at: the first drift of the curve at which the bias is off the first-order "
     "law · std: of the gradient of one sampled batch, relative to ‖H(θ,θ)‖, exact"
 )
 
@@ -175,7 +175,7 @@ def _shown(key: str, line: Row) -> str:
     if value is None:
         return "kink"
     if key == "saturation":
-        return "the end" if math.isinf(value) else f"{value:.2g}"
+        return "never" if math.isinf(value) else f"{value:.2g}"
     return f"{value:.4f}" if key in ("relative_bias", "cosine") else f"{value:.2f}"
 
 
