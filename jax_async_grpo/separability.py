@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_separable", "named_parameters"]
+__all__ = ["check_loss_inputs", "check_separable", "named_parameters"]
 
 _NUM_ROWS = 6
 
@@ -44,6 +44,26 @@ def check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_s
         _once(_probe_loss, loss_fn, length, tuple(sorted(loss_inputs)))
         _once(_probe_advantage, advantage_fn, tuple(np.asarray(levels, dtype=float).tolist()), group_size)
         _once(_probe_aggregation, aggregation_fn, *key)
+
+
+def check_loss_inputs(loss_fn, names: tuple[str, ...]) -> None:
+    """Raises ValueError where a loss needs more than its four arrays and `names`, or does not take one of the names."""
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):  # some built-ins
+        return
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_name = [p for p in parameters if p.name not in positional[:4] and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for parameter in by_name:
+        if parameter.default is parameter.empty and parameter.name not in names:
+            raise ValueError(
+                f"loss_fn {_name(loss_fn)} needs {parameter.name}: give a [B, Y, L] array of that name in loss_inputs, or bind "
+                "an option with functools.partial"
+            )
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for name in names:
+            if name not in [p.name for p in by_name]:
+                raise ValueError(f"loss_inputs holds {name}, which loss_fn {_name(loss_fn)} does not take")
 
 
 def named_parameters(function) -> tuple[str, ...]:
@@ -83,6 +103,9 @@ def _probe_loss(loss_fn, length: int, loss_inputs: tuple[str, ...]):
             return np.asarray(compiled(learner[rows], old[rows], advantages[rows], mask[rows], **inputs))
 
         together = run(slice(None))
+        if together.shape != learner.shape:
+            expected = f"it must be per token, {learner.shape}"
+            raise ValueError(f"loss_fn {_name(loss_fn)} returns shape {together.shape}; {expected}")
         apart = np.concatenate([run(slice(i, i + 1)) for i in range(_NUM_ROWS)])
         if not _close(together, apart):
             raise ValueError(
