@@ -159,7 +159,7 @@ def assign_roles(learner, behavior, proximal, sampling, statistics, detached, lo
 
 def full_mask(mask, shape: tuple[int, ...]):
     """The mask as [B, Y, L], still NumPy where it was concrete: the probes want its values."""
-    if mask is not None and jnp.shape(mask) == shape[1:]:
+    if mask is not None and shape_of("mask", mask) == shape[1:]:
         mask = jnp.broadcast_to(mask, shape) if isinstance(mask, jax.core.Tracer) else np.broadcast_to(mask, shape)
     if mask is None:
         return np.ones(shape, dtype=bool)

@@ -296,6 +296,7 @@ _EMPTY = [np.zeros(shape) for shape in ((0, 5, 2), (2, 0, 2), (2, 5, 0))]
         (lambda a: dict(learner_logprobs=a["learner_logprobs"].tolist()), "^learner_logprobs is a list; it must be an array$"),
         (lambda a: dict(behavior_logprobs=a["behavior_logprobs"].tolist()), "^behavior_logprobs is a list"),
         (lambda a: dict(behavior_logprobs=None), "^behavior_logprobs is None"),
+        (lambda a: dict(mask=a["mask"].tolist()), "^mask is a list"),
         *((lambda a, g=g: dict(group_size=g), f"^group_size is {g!r}; it must be an integer and >= 1$") for g in (0, 2.0, "4")),
         (lambda a: dict(loss_fn=_row_sums), r"^loss_fn.* returns shape \(.*\); it must be per token"),
         (lambda a: dict(loss_fn=_one_number), r"^loss_fn.* returns shape \(\); it must be per token"),
