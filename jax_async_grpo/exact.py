@@ -27,7 +27,7 @@ from jax_async_grpo import closed_form, compositions, losses
 from jax_async_grpo.aggregation import sequence_mean, sequence_sum
 from jax_async_grpo.policies import completion_logprobs
 from jax_async_grpo.separability import named_parameters
-from jax_async_grpo.types import Params, Policy, Task
+from jax_async_grpo.types import Params, Policy, Task, check_params_alike
 
 __all__ = [
     "brute_force_objective",
@@ -210,7 +210,13 @@ def surrogate_objective_of_params(
 
     Returns:
       Scalar, to be ascended.
+
+    Raises:
+      ValueError: parameters that differ in structure or shapes, or without leaves; what `surrogate_objective` refuses.
     """
+    given = dict(learner_params=learner_params, behavior_params=behavior_params, sampling_params=sampling_params)
+    given |= dict(statistics_params=statistics_params, detached_params=detached_params)
+    check_params_alike(**{name: params for name, params in given.items() if params is not None})
 
     def logprobs(params):
         return None if params is None else task_logprobs(policy, params, task)

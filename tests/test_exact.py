@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_async_grpo import advantages, aggregation, compositions, exact, losses
+from jax_async_grpo import advantages, aggregation, compositions, exact, losses, policies, tasks
 
 # (Y, G, L, number of reward levels): the static shapes, Y^G up to 2.6e5
 _SHAPES = [(4, 6, 2, 2), (8, 3, 3, 3), (3, 8, 1, 2), (16, 3, 2, 5), (5, 5, 3, 3), (6, 4, 2, 5), (64, 3, 1, 3), (2, 9, 2, 2)]
@@ -313,6 +313,20 @@ def test_both_oracles_refuse_at_the_door_in_one_line(oracle, change, message):
     with pytest.raises(ValueError, match=message) as error:
         oracle(**{**arguments, **_GRPO, **change(arguments)})
     assert "\n" not in str(error.value)
+
+
+def test_parameters_that_do_not_match_are_named():
+    policy, task = policies.tabular(4, 1), tasks.bandit([[0.0, 0.5, 1.0]])
+    params = {"table": np.zeros((5, 4))}
+
+    def refused(message, learner=params, behavior=params, **roles):
+        for function in (exact.surrogate_gradient, exact.surrogate_objective_of_params):
+            with pytest.raises(ValueError, match=message):
+                function(policy, learner, behavior, task, **_GRPO, **roles)
+
+    refused("^behavior_params has the structure .*; that of learner_params is", behavior={"tables": params["table"]})
+    refused(r"^statistics_params\['table'\] has shape \(5, 3\)", statistics_params={"table": np.zeros((5, 3))})
+    refused("^learner_params has no leaves", learner={})
 
 
 def test_a_traced_group_size_is_refused():
