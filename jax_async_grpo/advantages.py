@@ -358,7 +358,9 @@ def _as_groups(rewards: jax.Array) -> jax.Array:
         raise ValueError("rewards is a scalar; it must be [..., G], one reward per member of a group")
     if rewards.shape[-1] < 1:
         raise ValueError(f"rewards has shape {rewards.shape}; a group needs at least one member")
-    return rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32))
+    # promoting an integer with float32 would give float32 even where double precision is on
+    floating = jnp.issubdtype(rewards.dtype, jnp.floating)
+    return rewards.astype(jnp.promote_types(rewards.dtype, jnp.float32) if floating else jnp.result_type(float))
 
 
 def _all_equal(rewards: jax.Array) -> jax.Array:

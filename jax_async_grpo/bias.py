@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jax_async_grpo.types import Params
+from jax_async_grpo.types import Params, check_params_alike
 
 __all__ = [
     "ROLES",
@@ -94,7 +94,11 @@ def surrogate_bias(gradient_fn: Callable, learner_params: Params, behavior_param
 
     Returns:
       SurrogateBias.
+
+    Raises:
+      ValueError: pytrees that differ in structure or shapes, or without leaves.
     """
+    check_params_alike(learner_params=learner_params, behavior_params=behavior_params)
     behaviors = _stack([behavior_params, learner_params])
     gradients = jax.lax.map(lambda behavior: gradient_fn(learner_params, behavior), behaviors)
     stale, fresh = _row(gradients, 0), _row(gradients, 1)
@@ -123,8 +127,10 @@ def first_order_bias(gradient_fn: Callable, learner_params: Params, behavior_par
       A pytree like θ; δ = this + O(‖φ−θ‖²) where H is smooth in φ at φ = θ.
 
     Raises:
+      ValueError: pytrees that differ in structure or shapes, or without leaves.
       FirstOrderError: see `check_first_order`.
     """
+    check_params_alike(learner_params=learner_params, behavior_params=behavior_params)
     direction = optax.tree.sub(behavior_params, learner_params)
     if check and float(optax.tree.norm(direction)) > 0:
         check_first_order(gradient_fn, learner_params, direction)
@@ -142,18 +148,23 @@ def check_first_order(
 
     Args:
       gradient_fn: H(learner_params, behavior_params).
-      learner_params: θ.
+      learner_params: θ, float32 or float64 arrays.
       direction: a pytree like θ, not zero; its length does not matter.
       step: the parameter distance of the differences; default 1e-4 in float64, 1e-2 in float32, times max(1, ‖θ‖).
       tolerance: the relative difference that counts as parting.
 
     Raises:
-      ValueError: a direction that is zero or not finite.
+      ValueError: a direction that is zero, not finite or unlike θ, a step that is not positive, or parameters that are no
+        arrays or of lower precision than float32.
       FirstOrderError: naming the kink or the stop_gradient, or saying that H is not finite beside θ.
     """
+    check_params_alike(learner_params=learner_params, direction=direction)
+    _check_precision(learner_params)
     length = float(optax.tree.norm(direction))
     if not 0 < length < math.inf:
         raise ValueError(f"direction has length {length}; a derivative needs a direction that is finite and not zero")
+    if step is not None and not 0 < step < math.inf:
+        raise ValueError(f"step is {step}; a finite difference needs a distance that is positive and finite")
     unit = optax.tree.scale(1 / length, direction)
     if step is None:
         precise = all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(unit))
@@ -223,6 +234,7 @@ def role_jvps(role_gradient_fn: Callable, learner_params: Params, behavior_param
     Returns:
       {"sampling": pytree, "denominator": pytree, "statistics": pytree}.
     """
+    check_params_alike(learner_params=learner_params, behavior_params=behavior_params)
     direction = optax.tree.sub(behavior_params, learner_params)
 
     def of_role(role):
@@ -250,6 +262,7 @@ def decompose(
     Returns:
       BiasParts.
     """
+    check_params_alike(learner_params=learner_params, behavior_params=behavior_params)
     subsets = list(itertools.product((0, 1), repeat=len(ROLES)))  # 1 = this role is stale
     either = _stack([learner_params, behavior_params])
     stale = jnp.asarray(subsets)
@@ -294,6 +307,16 @@ def shapley_share(of_subset: dict[tuple[int, ...], Params], role: int) -> tuple[
     value = jax.tree.map(lambda *leaves: sum(w * leaf for w, leaf in zip(weights, leaves, strict=True)), *marginals)
     squared = [optax.tree.norm(optax.tree.sub(m, value), squared=True) for m in marginals]
     return value, jnp.sqrt(jnp.dot(np.asarray(weights), jnp.stack(squared)))
+
+
+def _check_precision(params: Params) -> None:
+    """Differences of a lower precision are rounding, which looks like a kink."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 32:
+            found = type(leaf).__name__ if dtype is None else dtype
+            where = jax.tree_util.keystr(path)
+            raise ValueError(f"learner_params{where} is {found}; a numerical derivative needs float32 or float64 arrays")
 
 
 def _jvp(function: Callable, primal: Params, tangent: Params) -> Params:

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_async_grpo import compositions
+from jax_async_grpo.losses.arguments import shape_of
 from jax_async_grpo.masked import as_mask, masked_sum
-from jax_async_grpo.separability import check_separable, named_parameters
+from jax_async_grpo.separability import check_loss_inputs, check_separable, named_parameters
 
-__all__ = ["Groups", "assign_roles", "enumerate_groups", "full_mask", "row_gradients", "row_terms"]
+__all__ = ["Groups", "assign_roles", "completion_probabilities", "enumerate_groups", "full_mask", "row_gradients", "row_terms"]
 
 
 class Groups(NamedTuple):
@@ -80,15 +81,15 @@ def enumerate_groups(
     level_index, levels = compositions.reward_level_index(rewards, reward_levels, jnp.shape(learner_logprobs)[:2])
     counts = compositions.enumerate_compositions(len(levels), group_size, max_compositions)
     check_separable(loss_fn, advantage_fn, aggregation_fn, mask, levels, group_size, tuple(inputs))
-    _probabilities(learner_logprobs, mask)
-    p = compositions.level_probabilities(_probabilities(statistics, mask), level_index, len(levels))
+    completion_probabilities(learner_logprobs, mask)
+    p = compositions.level_probabilities(completion_probabilities(statistics, mask), level_index, len(levels))
     return Groups(
         learner=learner_logprobs,
         denominator=denominator,
         inputs=inputs,
         mask=mask,
         advantages=compositions.advantage_table(advantage_fn, levels, counts)[level_index],
-        own=_probabilities(sampling, mask),
+        own=completion_probabilities(sampling, mask),
         others=compositions.composition_probabilities(p, counts),
         level_probabilities=p,
         level_index=level_index,
@@ -135,9 +136,9 @@ def _row_values(loss_fn, aggregation_fn, learner, denominator, mask, inputs, adv
 
 def assign_roles(learner, behavior, proximal, sampling, statistics, detached, loss_fn, loss_inputs):
     """The arrays by role, all of the learner's shape, and what goes to the loss by name."""
-    shape = jnp.shape(learner)
-    if len(shape) != 3:
-        raise ValueError(f"learner_logprobs has shape {shape}; it must be [B, Y, L]")
+    shape = shape_of("learner_logprobs", learner)
+    if len(shape) != 3 or 0 in shape:
+        raise ValueError(f"learner_logprobs has shape {shape}; it must be [B, Y, L], none of them 0")
     inputs = dict(loss_inputs or {})
     wanted = named_parameters(loss_fn)
     if "behavior_logprobs" in wanted:
@@ -150,14 +151,15 @@ def assign_roles(learner, behavior, proximal, sampling, statistics, detached, lo
     named = dict(behavior_logprobs=behavior, proximal_logprobs=denominator, sampling_logprobs=sampling)
     named |= dict(statistics_logprobs=statistics) | inputs
     for name, array in named.items():
-        if jnp.shape(array) != shape:
+        if shape_of(name, array) != shape:
             raise ValueError(f"{name} has shape {jnp.shape(array)}; it must have the shape of learner_logprobs, {shape}")
+    check_loss_inputs(loss_fn, tuple(inputs))
     return sampling, denominator, statistics, inputs
 
 
 def full_mask(mask, shape: tuple[int, ...]):
     """The mask as [B, Y, L], still NumPy where it was concrete: the probes want its values."""
-    if mask is not None and jnp.shape(mask) == shape[1:]:
+    if mask is not None and shape_of("mask", mask) == shape[1:]:
         mask = jnp.broadcast_to(mask, shape) if isinstance(mask, jax.core.Tracer) else np.broadcast_to(mask, shape)
     if mask is None:
         return np.ones(shape, dtype=bool)
@@ -165,8 +167,8 @@ def full_mask(mask, shape: tuple[int, ...]):
     return checked if isinstance(mask, jax.core.Tracer) else np.asarray(mask, dtype=bool)
 
 
-def _probabilities(logprobs, mask) -> jax.Array:
-    """[B, Y]: π(y|x) = exp Σ_l log π(y_l)."""
+def completion_probabilities(logprobs, mask) -> jax.Array:
+    """[B, Y]: π(y|x) = exp Σ_l log π(y_l); raises ValueError where concrete ones do not sum to 1."""
     probabilities = jnp.exp(masked_sum(logprobs, mask, axis=-1))
     _check_normalized(probabilities)
     return probabilities

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 
 __all__ = [
     "advantage_table",
+    "check_group_size",
+    "check_rewards",
     "composition_probabilities",
     "enumerate_compositions",
     "level_probabilities",
@@ -27,6 +30,25 @@ __all__ = [
 def num_compositions(num_levels: int, group_size: int) -> int:
     """C, the ways G−1 other members can fall on `num_levels` reward levels: (G−1+n−1 choose n−1)."""
     return math.comb(group_size - 1 + num_levels - 1, num_levels - 1)
+
+
+def check_group_size(group_size) -> None:
+    """Raises ValueError unless G is a concrete integer of at least 1."""
+    try:
+        valid = not isinstance(group_size, bool) and operator.index(group_size) >= 1
+    except TypeError:  # a float, a string, a traced number
+        valid = False
+    if not valid:
+        traced = isinstance(group_size, jax.core.Tracer)
+        raise ValueError(f"group_size is {'traced' if traced else repr(group_size)}; it must be an integer and >= 1")
+
+
+def check_rewards(rewards, shape: tuple[int, int]) -> None:
+    """Raises ValueError on rewards that are not [B, Y], or, where they are concrete, not all finite."""
+    if np.shape(rewards) != shape:
+        raise ValueError(f"rewards has shape {np.shape(rewards)}; it must be [B, Y] = {shape}")
+    if not isinstance(rewards, jax.core.Tracer) and not np.isfinite(np.asarray(rewards, np.float64)).all():
+        raise ValueError("rewards hold NaN or inf; every reward must be finite")
 
 
 def reward_level_index(rewards, reward_levels, shape: tuple[int, int]):
@@ -43,17 +65,16 @@ def reward_level_index(rewards, reward_levels, shape: tuple[int, int]):
     Raises:
       ValueError: wrong shape, NaN or inf, traced without levels, or concrete rewards that are none of the levels.
     """
-    if jnp.shape(rewards) != shape:
-        raise ValueError(f"rewards has shape {jnp.shape(rewards)}; it must be [B, Y] = {shape}")
+    check_rewards(rewards, shape)
     traced = isinstance(rewards, jax.core.Tracer)
     if traced and reward_levels is None:
         raise ValueError("rewards is traced; close over concrete rewards or pass reward_levels, the distinct rewards")
-    if not traced and not np.isfinite(np.asarray(rewards)).all():
-        raise ValueError("rewards hold NaN or inf; every reward must be finite")
     if reward_levels is None:
         levels, index = np.unique(np.asarray(rewards), return_inverse=True)
         return index.reshape(shape), levels
     levels = np.unique(np.asarray(reward_levels))
+    if not levels.size or not np.isfinite(levels).all():
+        raise ValueError(f"reward_levels is {levels.tolist()}; it must hold the distinct rewards, all finite")
     if not traced and not np.isin(np.asarray(rewards), levels).all():
         raise ValueError(f"rewards hold values that are not among reward_levels = {levels.tolist()}")
     match = jnp.asarray(rewards)[..., None] == levels
@@ -64,10 +85,9 @@ def enumerate_compositions(num_levels: int, group_size: int, max_compositions: i
     """[C, n]: every way to put G−1 members on n levels, each row summing to G−1.
 
     Raises:
-      ValueError: group_size < 1, or C above `max_compositions`.
+      ValueError: a group_size that is no integer of at least 1, or C above `max_compositions`.
     """
-    if group_size < 1:
-        raise ValueError(f"group_size is {group_size}; it must be >= 1")
+    check_group_size(group_size)
     total = num_compositions(num_levels, group_size)
     if total > max_compositions:
         raise ValueError(
@@ -84,6 +104,8 @@ def advantage_table(advantage_fn: Callable, levels: np.ndarray, compositions: np
 
     A level index of n, which no level has, reads that last row: an unknown reward spoils the result instead of bending it.
     """
+    # integers, which an advantage may turn into float32, and low precision must not cost the oracle digits
+    levels = np.asarray(levels, jnp.result_type(float))
     others = np.stack([np.repeat(levels, counts) for counts in compositions])  # [C, G-1]
     own = np.broadcast_to(levels[:, None, None], (len(levels), len(compositions), 1))
     groups = np.concatenate([own, np.broadcast_to(others, (len(levels), *others.shape))], axis=-1)
@@ -104,9 +126,18 @@ def level_probabilities(probabilities: jax.Array, level_index, num_levels: int) 
 
 
 def composition_probabilities(p: jax.Array, compositions: np.ndarray) -> jax.Array:
-    """[B, C]: Multinomial(c; G−1, p[B, n]) as coefficient · Π_k p_k^{c_k} with integer powers, right at p = 0 too."""
+    """[B, C]: Multinomial(c; G−1, p[B, n]) as coefficient · Π_k p_k^{c_k} with integer powers, right at p = 0 too.
+
+    Raises:
+      ValueError: coefficients beyond the floats of p.
+    """
     others = int(compositions[0].sum())
     coefficients = [math.factorial(others) // math.prod(map(math.factorial, map(int, c))) for c in compositions]
-    powers = jnp.stack([p**k for k in range(others + 1)], axis=-1)  # [B, n, G]
+    if max(coefficients) > float(jnp.finfo(p.dtype).max):
+        raise ValueError(f"group_size is {others + 1}; its multinomial coefficients overflow {p.dtype}, so lower it")
+    powers, next_power = jnp.ones_like(p)[..., None], p[..., None]  # [B, n, K]: p^0..p^{K-1}, and p^K
+    while powers.shape[-1] <= others:  # doubling K keeps the program of a large group small
+        powers = jnp.concatenate([powers, powers * next_power], axis=-1)
+        next_power *= next_power
     chosen = powers[:, np.arange(compositions.shape[1]), compositions]  # [B, C, n]
     return jnp.asarray(coefficients, powers.dtype) * jnp.prod(chosen, axis=-1)

@@ -23,12 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_async_grpo import closed_form, losses
+from jax_async_grpo import closed_form, compositions, losses
 from jax_async_grpo.aggregation import sequence_mean, sequence_sum
-from jax_async_grpo.masked import masked_sum
 from jax_async_grpo.policies import completion_logprobs
 from jax_async_grpo.separability import named_parameters
-from jax_async_grpo.types import Params, Policy, Task
+from jax_async_grpo.types import Params, Policy, Task, check_params_alike
 
 __all__ = [
     "brute_force_objective",
@@ -134,7 +133,8 @@ def brute_force_objective(
     (1/G) Σ_i π_samp(y_i) Π_{j≠i} π_stat(y_j) · agg(row i). Arguments and result as in `surrogate_objective`.
 
     Raises:
-      ValueError: shapes that do not match, or more than `max_groups` groups.
+      ValueError: what `surrogate_objective` refuses, but for functions that couple rows and levels; or more than `max_groups`
+        groups.
     """
     sampling, denominator, statistics, inputs = closed_form.assign_roles(
         learner_logprobs,
@@ -147,19 +147,23 @@ def brute_force_objective(
         loss_inputs,
     )
     mask = closed_form.full_mask(mask, jnp.shape(learner_logprobs))
+    compositions.check_rewards(rewards, jnp.shape(learner_logprobs)[:2])
+    compositions.check_group_size(group_size)
+    closed_form.completion_probabilities(learner_logprobs, mask)
+    own, others = (closed_form.completion_probabilities(role, mask) for role in (sampling, statistics))
     num_completions = jnp.shape(learner_logprobs)[1]
     if num_completions**group_size > max_groups:
         raise ValueError(f"Y^G = {num_completions}^{group_size} groups exceed max_groups = {max_groups}; lower Y or group_size")
     groups = np.indices((num_completions,) * group_size).reshape(group_size, -1).T  # [Y^G, G]
     split_roles = sampling_logprobs is not None or statistics_logprobs is not None
 
-    def of_prompt(learner, old, own_logprobs, other_logprobs, reward, valid, extra):
-        own, other = (jnp.exp(masked_sum(x, valid, axis=-1)) for x in (own_logprobs, other_logprobs))
-
+    def of_prompt(learner, old, own, other, reward, valid, extra):
         def of_group(index):
             values = loss_fn(
                 learner[index], old[index], advantage_fn(reward[index]), valid[index], **{k: v[index] for k, v in extra.items()}
             )
+            if jnp.shape(values) != valid[index].shape:
+                raise ValueError(f"loss_fn returns shape {jnp.shape(values)}; it must be per token, {valid[index].shape}")
             if not split_roles:
                 return jnp.prod(own[index]) * aggregation_fn(values, valid[index]).mean()
             # row i: its own role for member i, the statistics role for the others
@@ -169,7 +173,8 @@ def brute_force_objective(
 
         return jnp.sum(jax.vmap(of_group)(groups))
 
-    per_prompt = jax.vmap(of_prompt)(learner_logprobs, denominator, sampling, statistics, jnp.asarray(rewards), mask, inputs)
+    rewards = jnp.asarray(rewards, jnp.result_type(float))  # integers would cost the advantage digits
+    per_prompt = jax.vmap(of_prompt)(learner_logprobs, denominator, own, others, rewards, mask, inputs)
     return -jnp.mean(per_prompt)
 
 
@@ -205,7 +210,13 @@ def surrogate_objective_of_params(
 
     Returns:
       Scalar, to be ascended.
+
+    Raises:
+      ValueError: parameters that differ in structure or shapes, or without leaves; what `surrogate_objective` refuses.
     """
+    given = dict(learner_params=learner_params, behavior_params=behavior_params, sampling_params=sampling_params)
+    given |= dict(statistics_params=statistics_params, detached_params=detached_params)
+    check_params_alike(**{name: params for name, params in given.items() if params is not None})
 
     def logprobs(params):
         return None if params is None else task_logprobs(policy, params, task)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -387,6 +388,7 @@ def check_case(config: Mapping[str, Any], case: Case) -> None:
             f"config.cases.{case.name}.task ({case.config['task']}) gives all completions of a prompt the same reward; "
             "there is nothing to learn, so nothing goes stale"
         )
+    _check_memory(config, case)
     params = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), case.params))
     try:
         jax.eval_shape(lambda p: case.optimizer_fn(0.1).init(p), params)
@@ -439,6 +441,27 @@ def _check_unclipped_loss(config, gradient, logits, direction) -> None:
             )
 
 
+def _check_memory(config, case):
+    """The old parameter versions of the cells that run side by side must fit into the machine."""
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    num_cells = max(len(chunk.cells) for chunk in chunks(config) if chunk.case == case.name)
+    needed, there = _ring_bytes(case, num_cells), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        cells = f" for each of {num_cells} cells side by side" if case.config["vectorize"] else ""
+        raise ValueError(
+            f"config.cases.{case.name}.max_staleness = {max(case.config['max_staleness'])} keeps as many old versions of the "
+            f"parameters{cells}: {needed / 2**30:.3g} GiB, where the machine has {there / 2**30:.3g}; lower max_staleness"
+            + (", lower num_seeds or set vectorize=False" if cells else "")
+        )
+
+
+def _ring_bytes(case, num_cells):
+    """Of the parameter histories that one compiled program holds."""
+    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(case.params))
+    return parameters * (max(case.config["max_staleness"]) + 1) * (num_cells if case.config["vectorize"] else 1)
+
+
 def _refusal(config, error) -> str:
     """The oracle's complaint, with the field it is about."""
     message = first_line(error)
@@ -478,13 +501,11 @@ def describe(config: Mapping[str, Any], cases: Sequence[Case]) -> str:
     lines = ["case                updates  cells  eta from .. to      updates  H evaluations  ring MiB   Y  compositions"]
     planned = chunks(config)
     for case in cases:
-        parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(case.params))
         for updates in case.config["updates"]:
             mine = [chunk for chunk in planned if chunk.case == case.name and chunk.updates == updates]
             num_updates = sum(len(chunk.cells) * chunk.num_updates for chunk in mine)
             measured = sum(len(chunk.cells) * len(chunk.measure_steps) for chunk in mine)
-            together = len(mine[0].cells) if case.config["vectorize"] else 1
-            ring = parameters * (max(case.config["max_staleness"]) + 1) * together / 2**20
+            ring = _ring_bytes(case, len(mine[0].cells)) / 2**20
             count = compositions.num_compositions(len(np.unique(case.task.rewards)), case.algorithm.group_size)
             rates = case.config["learning_rates"]
             lines.append(

@@ -204,8 +204,8 @@ def staleness_within_bound_violation(staleness: jax.Array, max_staleness: int | 
     Returns:
       scalar, learner updates.
     """
-    staleness = jnp.asarray(staleness)
-    return jnp.max(jnp.maximum(staleness - max_staleness, -staleness), initial=0).astype(_float())
+    staleness, bound = (jnp.asarray(x).astype(_float()) for x in (staleness, max_staleness))  # unsigned integers would wrap
+    return jnp.max(jnp.maximum(staleness - bound, -staleness), initial=0)
 
 
 def assert_staleness_within_bound(staleness: jax.Array, max_staleness: int | jax.Array, *, atol: float | None = None) -> None:

@@ -20,10 +20,12 @@ def as_mask(mask, shape: tuple[int, ...]) -> jax.Array:
       bool array of `shape`.
 
     Raises:
-      ValueError: the shape differs, or the mask is neither bool nor 0/1 (checked where the values are concrete).
+      ValueError: no array, another shape, or neither bool nor 0/1 (checked where the values are concrete).
     """
     if mask is None:
         return jnp.ones(shape, dtype=bool)
+    if not hasattr(mask, "shape"):
+        raise ValueError(f"mask is a {type(mask).__name__}; it must be an array, bool or 0/1, of shape {tuple(shape)}")
     if jnp.shape(mask) != tuple(shape):
         raise ValueError(f"mask has shape {jnp.shape(mask)}, it must have the shape of the values, {tuple(shape)}")
     if jnp.result_type(mask) == jnp.bool_:

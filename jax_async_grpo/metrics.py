@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from jax_async_grpo.losses import clipped_tokens
+from jax_async_grpo.losses.arguments import shape_of
 from jax_async_grpo.masked import as_mask, masked_mean, masked_values
 from jax_async_grpo.staleness import ParamHistory, read
-from jax_async_grpo.types import Params
+from jax_async_grpo.types import Params, check_params_alike
 
 __all__ = ["clip_fraction", "drift", "gradient_cosine", "msd", "off_policy"]
 
@@ -42,8 +43,9 @@ def off_policy(
     * `staleness/mean`, `staleness/min`, `staleness/max`: of step − policy_version, learner updates, over completions (over
       tokens if `policy_version` has the token axis); only when both are given
 
-    d and log w are clamped to ±20 before they are exponentiated, except in the ESS, which is computed exactly. A completion
-    without a valid token is left out. An empty mask gives the values of on-policy data: ratios and ESS 1, the others 0.
+    d and log w are clamped to ±20 before they are exponentiated, except in the ESS, which is computed exactly; above 20, where
+    e^d of k3 stops, its −d stops too. A completion without a valid token is left out. An empty mask gives the values of
+    on-policy data: ratios and ESS 1, the others 0.
 
     >>> logs = off_policy(jnp.log(jnp.array([[0.5, 0.2]])), jnp.log(jnp.array([[0.25, 0.2]])))
     >>> print(f"{logs['is_ratio/max']:.2f} {logs['off_policy/chi2_token']:.2f}")
@@ -73,7 +75,7 @@ def off_policy(
     ratio = jnp.exp(clamped)
     return {
         "off_policy/kl": masked_mean(-log_ratio, valid),
-        "off_policy/k3_kl": masked_mean(jnp.expm1(clamped) - log_ratio, valid),
+        "off_policy/k3_kl": masked_mean(jnp.expm1(clamped) - jnp.minimum(log_ratio, LOG_RATIO_LIMIT), valid),
         # expm1: near the behavior policy r² − 1 would be lost in the rounding of r².
         "off_policy/chi2_token": masked_mean(jnp.expm1(2 * clamped), valid),
         "off_policy/chi2_seq": masked_mean(jnp.expm1(2 * _clamp(log_weight)), row_valid),
@@ -137,7 +139,11 @@ def drift(learner_params: Params, behavior_params: Params) -> dict[str, jax.Arra
 
     Returns:
       dict of scalars, Euclidean norms over all parameters.
+
+    Raises:
+      ValueError: pytrees that differ in structure or shapes, or without leaves.
     """
+    check_params_alike(learner_params=learner_params, behavior_params=behavior_params)
     learner_params = _widen(learner_params)
     return {
         "drift/from_behavior": optax.tree.norm(optax.tree.sub(learner_params, _widen(behavior_params))),
@@ -157,8 +163,12 @@ def gradient_cosine(gradient: Params, other: Params) -> jax.Array:
 
     Returns:
       scalar in −1..1.
+
+    Raises:
+      ValueError: pytrees that differ in structure or shapes, or without leaves.
     """
-    gradient, other = _widen(gradient), _widen(other)
+    check_params_alike(gradient=gradient, other=other)
+    gradient, other = _scaled(_widen(gradient)), _scaled(_widen(other))
     norms = optax.tree.norm(gradient) * optax.tree.norm(other)
     return optax.tree.vdot(gradient, other) / jnp.where(norms == 0, 1, norms)
 
@@ -187,10 +197,10 @@ def msd(history: ParamHistory) -> jax.Array:
 
 def _log_ratio(logprobs, behavior_logprobs, mask) -> tuple[jax.Array, jax.Array]:
     """log π − log μ in at least float32, 0 outside the mask, and the mask."""
-    shape = jnp.shape(logprobs)
+    shape = shape_of("logprobs", logprobs)
     if not shape:
         raise ValueError("logprobs is a scalar; it must be [..., L], one log-prob per completion token")
-    if jnp.shape(behavior_logprobs) != shape:
+    if shape_of("behavior_logprobs", behavior_logprobs) != shape:
         raise ValueError(f"behavior_logprobs has shape {jnp.shape(behavior_logprobs)}; it must be that of logprobs, {shape}")
     valid = as_mask(mask, shape)
     dtype = jnp.promote_types(jnp.result_type(logprobs, behavior_logprobs), jnp.float32)
@@ -225,12 +235,24 @@ def _staleness(policy_version, step, valid: jax.Array, row_valid: jax.Array) -> 
             f"policy_version has shape {shape}; it must be {row_valid.shape} (per row) or {valid.shape} (per token)"
         )
     counted = valid if shape == valid.shape else row_valid
-    staleness = (jnp.asarray(step) - jnp.asarray(policy_version)).astype(jnp.result_type(float))
+    staleness = (_signed(step) - _signed(policy_version)).astype(jnp.result_type(float))
     return {
         "staleness/mean": masked_mean(staleness, counted),
         "staleness/min": _masked_extreme(jnp.min, staleness, counted, 0.0),
         "staleness/max": _masked_extreme(jnp.max, staleness, counted, 0.0),
     }
+
+
+def _signed(values) -> jax.Array:
+    """Integers as int32: the difference of unsigned ones wraps around."""
+    values = jnp.asarray(values)
+    return values.astype(jnp.int32) if jnp.issubdtype(values.dtype, jnp.integer) else values
+
+
+def _scaled(tree: Params) -> Params:
+    """The tree over its largest |entry|, so that squares neither overflow nor vanish; zeros stay."""
+    largest = jnp.stack([jnp.max(jnp.abs(leaf), initial=0) for leaf in jax.tree.leaves(tree)]).max()
+    return jax.tree.map(lambda leaf: leaf / jnp.where(largest == 0, 1, largest).astype(leaf.dtype), tree)
 
 
 def _widen(tree: Params) -> Params:

@@ -455,9 +455,8 @@ def _selected_points(x, y, window, window_variable, groups) -> tuple[np.ndarray,
             )
     needed, found = x.shape[1] + 2, int(selected.sum())
     if found < needed:
-        raise ValueError(
-            f"{found} of {len(x)} point(s) lie in window={window}; {x.shape[1]} exponent(s) need at least {needed}"
-        )
+        given = f"{len(x)} point(s) given" if window is None else f"{found} of {len(x)} point(s) lie in window={window}"
+        raise ValueError(f"{given}; {x.shape[1]} exponent(s) need at least {needed}")
     if len(np.unique(labels[selected])) < 2:
         raise ValueError(
             f"groups has one label ({labels[selected][0]}) in the window; a bootstrap over groups needs at least 2"

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_coupling", "check_separable", "named_parameters"]
+__all__ = ["check_coupling", "check_loss_inputs", "check_separable", "named_parameters"]
 
 _NUM_ROWS = 12
 _SPREADS = (0.05, 0.3, 1.0)  # of the log-probs of two rows
@@ -62,6 +62,26 @@ def check_coupling(loss_fn, coupling: str, length: int, loss_inputs: tuple[str, 
     if coupling != "batch":
         with jax.ensure_compile_time_eval():
             _once(_probe_coupling, loss_fn, coupling, max(length, 3), tuple(sorted(loss_inputs)))
+
+
+def check_loss_inputs(loss_fn, names: tuple[str, ...]) -> None:
+    """Raises ValueError where a loss needs more than its four arrays and `names`, or does not take one of the names."""
+    try:
+        parameters = inspect.signature(loss_fn).parameters.values()
+    except (TypeError, ValueError):  # some built-ins
+        return
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_name = [p for p in parameters if p.name not in positional[:4] and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    for parameter in by_name:
+        if parameter.default is parameter.empty and parameter.name not in names:
+            raise ValueError(
+                f"loss_fn {_name(loss_fn)} needs {parameter.name}: give a [B, Y, L] array of that name in loss_inputs, or bind "
+                "an option with functools.partial"
+            )
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for name in names:
+            if name not in [p.name for p in by_name]:
+                raise ValueError(f"loss_inputs holds {name}, which loss_fn {_name(loss_fn)} does not take")
 
 
 def named_parameters(function) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ from jax_async_grpo.types import Params
 
 __all__ = ["ParamHistory", "create_history", "fixed", "nbytes", "periodic", "push", "random", "read", "realised", "rms"]
 
+_MAX_STALENESS = 2**31 - 1
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +125,12 @@ def read(history: ParamHistory, staleness: int | jax.Array) -> tuple[Params, jax
       version, which is min(s, t) for every s in range.
 
     Raises:
-      ValueError: a Python or NumPy s that is not an integer in 0..K−1.
+      ValueError: an s that is not one integer, or a Python or NumPy one outside 0..K−1.
     """
-    if not isinstance(staleness, jax.Array):
+    if isinstance(staleness, jax.Array):
+        if staleness.shape or not jnp.issubdtype(staleness.dtype, jnp.integer):
+            raise ValueError(f"staleness is {staleness.dtype}{list(staleness.shape)}; it must be one integer")
+    else:
         staleness = _integer("staleness", staleness, minimum=0)
         if staleness >= history.capacity:
             raise ValueError(
@@ -205,7 +210,7 @@ def realised(staleness: np.ndarray) -> np.ndarray:
       int32 of the same shape.
 
     Raises:
-      ValueError: an array that is not a schedule: no axis, not integers, or negative.
+      ValueError: an array that is not a schedule: no axis, empty, not integers, or negative.
     """
     staleness = _schedule(staleness)
     steps = np.arange(staleness.shape[0]).reshape(-1, *(1,) * (staleness.ndim - 1))
@@ -283,7 +288,10 @@ def _check_template(history: ParamHistory, params: Params) -> None:
 
 
 def _schedule_arguments(max_staleness: int, num_updates: int) -> tuple[int, int]:
-    return _integer("max_staleness", max_staleness, minimum=0), _integer("num_updates", num_updates, minimum=1)
+    max_staleness = _integer("max_staleness", max_staleness, minimum=0)
+    if max_staleness > _MAX_STALENESS:
+        raise ValueError(f"max_staleness is {max_staleness}; schedules are int32, so it must be at most {_MAX_STALENESS}")
+    return max_staleness, _integer("num_updates", num_updates, minimum=1)
 
 
 def _integer(name: str, value, minimum: int) -> int:
@@ -298,6 +306,6 @@ def _integer(name: str, value, minimum: int) -> int:
 
 def _schedule(staleness: np.ndarray) -> np.ndarray:
     staleness = np.asarray(staleness)
-    if staleness.ndim < 1 or not np.issubdtype(staleness.dtype, np.integer) or (staleness < 0).any():
+    if not staleness.ndim or not staleness.size or not np.issubdtype(staleness.dtype, np.integer) or (staleness < 0).any():
         raise ValueError(f"staleness must be integers >= 0 of shape [T] or [T, B]; got {staleness.dtype}{staleness.shape}")
     return staleness

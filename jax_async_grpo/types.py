@@ -13,9 +13,25 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-__all__ = ["Params", "Policy", "Rollouts", "Task"]
+__all__ = ["Params", "Policy", "Rollouts", "Task", "check_params_alike"]
 
 Params = Any  # any pytree of arrays
+
+
+def check_params_alike(**trees: Params) -> None:
+    """Raises ValueError, by argument name, unless the pytrees have leaves, and all the structure and shapes of the first."""
+    (first, template), *others = trees.items()
+    leaves = jax.tree_util.tree_leaves_with_path(template)
+    if not leaves:
+        raise ValueError(f"{first} has no leaves; it must be a pytree of arrays")
+    for name, tree in others:
+        structure = jax.tree.structure(tree)
+        if structure != jax.tree.structure(template):
+            raise ValueError(f"{name} has the structure {structure}; that of {first} is {jax.tree.structure(template)}")
+        for (path, leaf), other in zip(leaves, jax.tree.leaves(tree), strict=True):
+            if np.shape(leaf) != np.shape(other):
+                where = jax.tree_util.keystr(path)
+                raise ValueError(f"{name}{where} has shape {np.shape(other)}; {first}{where} has {np.shape(leaf)}")
 
 
 class Policy(NamedTuple):

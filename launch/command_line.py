@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import app, flags, logging
@@ -21,17 +25,24 @@ def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, calls `main` and exits with what it returns.
 
     A ValueError is the user's to mend, and so is an OSError (a full disk), so its one line is the whole message, and
-    `--verbosity=1` adds the traceback; anything else is ours and keeps it. Ctrl-C ends with code 130.
+    `--verbosity=1` adds the traceback; anything else is ours and keeps it. A warning is one line too. Ctrl-C ends with code
+    130, and where `main` is the program, at once.
     """
 
     def parse(arguments: list[str]) -> list[str]:
         try:
             return flags.FLAGS(arguments)
         except flags.Error as error:
-            _say(f"{_last_line(error)}; --help lists the flags")
+            message = _last_line(error)
+            override = re.match(r"flag --\w+\.", message)
+            _say(f"{message}; {'the config file says what it may be' if override else '--help lists the flags'}")
         except Exception as error:  # a config file is a program: anything can go wrong in it
-            override = _override_with(_text(error).split("\n")[0].strip("\"'"), arguments)
-            _say(f"{override or 'the config file'}: {type(error).__name__}: {_last_line(error)}{_place(error)}")
+            key = _text(error).split("\n")[0].strip("\"'")
+            override = _override_with(key, arguments)
+            if override and (there := _siblings(override, key, arguments)):
+                _say(f"{override}: there is no {key}; there are {', '.join(there)}")
+            else:
+                _say(f"{override or 'the config file'}: {type(error).__name__}: {_last_line(error)}{_place(error)}")
         sys.exit(2)
 
     def call(arguments: list[str]) -> int | None:
@@ -54,11 +65,17 @@ def run(main: Callable[[], int | None]) -> None:
         signal.default_int_handler(number, frame)
 
     _interrupted.clear()
-    before = signal.signal(signal.SIGINT, interrupt)
+    handler, formatter = signal.signal(signal.SIGINT, interrupt), warnings.formatwarning
+    warnings.formatwarning = _one_line
     try:
         app.run(call, flags_parser=parse)
+    except SystemExit as stop:
+        if stop.code == 130 and getattr(main, "__module__", None) == "__main__":
+            _leave_at_once(130)
+        raise
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
+        warnings.formatwarning = formatter
 
 
 def check_interrupt() -> None:
@@ -90,6 +107,18 @@ def read_config(flag: flags.FlagHolder) -> dict[str, Any]:
     return flag.value.to_dict()
 
 
+def _leave_at_once(code: int) -> None:
+    """Ends the process without tearing down the interpreter: a program jax still runs then would crash in it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a pipe that is gone, a closed file
+            stream.flush()
+    os._exit(code)
+
+
+def _one_line(message, *_) -> str:
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 def _say(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
 
@@ -106,6 +135,16 @@ def _last_line(error: BaseException) -> str:
 def _override_with(key: str, arguments: list[str]) -> str | None:
     """The argument --config.a.b=v that a complaint about a missing key `a` or `b` is about."""
     return next((argument for argument in arguments if key in argument.partition("=")[0].split(".")[1:]), None)
+
+
+def _siblings(override: str, key: str, arguments: list[str]) -> list[str]:
+    """The keys that stand where the argument --config.a.b=v looks for the missing `key`; none where that cannot be told."""
+    name, *path = override.lstrip("-").partition("=")[0].split(".")
+    file = next((argument.partition("=")[2] for argument in arguments if argument.lstrip("-").startswith(f"{name}=")), None)
+    part = flags.FLAGS[name].parser.parse(file) if file else None  # the flag keeps no config that an override failed on
+    for parent in path[: path.index(key)]:
+        part = part.get(parent) if isinstance(part, (Mapping, ConfigDict)) else None
+    return list(part) if isinstance(part, (Mapping, ConfigDict)) else []
 
 
 def _place(error: BaseException) -> str:

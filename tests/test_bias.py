@@ -428,6 +428,41 @@ def test_guard_refuses_a_direction_it_cannot_walk_and_a_gradient_that_is_not_fin
         bias.check_first_order(lambda learner, behavior: jnp.sqrt(learner - behavior), at, jnp.ones(2))
 
 
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"w": jnp.ones(2, jnp.bfloat16)}, r"^learner_params\['w'\] is bfloat16; .* needs float32 or float64 arrays$"),
+        ({"w": np.ones(2, np.float16)}, r"^learner_params\['w'\] is float16"),
+        ({"w": np.ones(2), "n": np.arange(2)}, r"^learner_params\['n'\] is int64"),
+        ({"w": 1.0}, r"^learner_params\['w'\] is float; "),
+        ({}, "^learner_params has no leaves"),
+    ],
+)
+def test_guard_refuses_parameters_it_cannot_difference(params, message):
+    with pytest.raises(ValueError, match=message):
+        bias.check_first_order(lambda learner, behavior: behavior, params, params)
+
+
+@pytest.mark.parametrize("step", [0, 0.0, -1e-3, np.nan, np.inf])
+def test_guard_refuses_a_step_that_is_no_distance(step):
+    with pytest.raises(ValueError, match=f"^step is {step}; "):
+        bias.check_first_order(lambda learner, behavior: behavior, np.ones(2), np.ones(2), step=step)
+
+
+def test_params_that_do_not_match_are_named():
+    def gradient(learner, behavior):
+        return behavior
+
+    theta = {"table": np.ones((2, 3))}
+    for call in (bias.surrogate_bias, bias.first_order_bias, bias.role_jvps, functools.partial(bias.decompose, gradient)):
+        with pytest.raises(ValueError, match=r"^behavior_params\['table'\] has shape \(3,\); learner_params\['table'\] has"):
+            call(gradient, theta, {"table": np.ones(3)})
+        with pytest.raises(ValueError, match="^behavior_params has the structure .*; that of learner_params is "):
+            call(gradient, theta, {"tables": np.ones((2, 3))})
+        with pytest.raises(ValueError, match="^learner_params has no leaves"):
+            call(gradient, {}, {})
+
+
 def test_guard_works_in_single_precision():
     def smooth(learner, behavior):
         return jnp.exp(behavior) * learner

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_async_grpo import advantages, aggregation, compositions, exact, losses
+from jax_async_grpo import advantages, aggregation, compositions, exact, losses, policies, tasks
 
 # (Y, G, L, number of reward levels): the static shapes, Y^G up to 2.6e5
 _SHAPES = [(4, 6, 2, 2), (8, 3, 3, 3), (3, 8, 1, 2), (16, 3, 2, 5), (5, 5, 3, 3), (6, 4, 2, 5), (64, 3, 1, 3), (2, 9, 2, 2)]
@@ -264,6 +265,97 @@ def test_refusals_name_the_field():
         exact.brute_force_objective(learner, behavior, rewards, mask, **_GRPO, max_groups=100)
 
 
+def _row_sums(logprobs, old_logprobs, advantages, mask):
+    return -jnp.sum(logprobs, axis=-1) * advantages
+
+
+def _one_number(logprobs, old_logprobs, advantages, mask):
+    return jnp.sum(logprobs)
+
+
+def _with_a_reference(logprobs, old_logprobs, advantages, mask, *, reference_logprobs, coefficient=0.1):
+    return coefficient * losses.k3(logprobs, reference_logprobs, mask)
+
+
+_EMPTY = [np.zeros(shape) for shape in ((0, 5, 2), (2, 0, 2), (2, 5, 0))]
+
+
+@pytest.mark.parametrize("oracle", [exact.surrogate_objective, exact.brute_force_objective])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: dict(rewards=a["rewards"][:1]), r"^rewards has shape \(1, 5\); it must be \[B, Y\] = \(2, 5\)$"),
+        (lambda a: dict(rewards=a["rewards"] * np.nan), "^rewards hold NaN or inf"),
+        (lambda a: dict(behavior_logprobs=a["behavior_logprobs"] + 0.01), "^the completions of prompt . .* must sum to 1"),
+        (lambda a: dict(learner_logprobs=a["learner_logprobs"] - 0.01), "^the completions of prompt . .* must sum to 1"),
+        (lambda a: dict(statistics_logprobs=a["behavior_logprobs"] + 0.01), "^the completions of prompt . .* must sum to 1"),
+        *(
+            (lambda a, x=x: dict(learner_logprobs=x), r"^learner_logprobs has shape .* \[B, Y, L\], none of them 0$")
+            for x in _EMPTY
+        ),
+        (lambda a: dict(learner_logprobs=a["learner_logprobs"].tolist()), "^learner_logprobs is a list; it must be an array$"),
+        (lambda a: dict(behavior_logprobs=a["behavior_logprobs"].tolist()), "^behavior_logprobs is a list"),
+        (lambda a: dict(behavior_logprobs=None), "^behavior_logprobs is None"),
+        (lambda a: dict(mask=a["mask"].tolist()), "^mask is a list"),
+        *((lambda a, g=g: dict(group_size=g), f"^group_size is {g!r}; it must be an integer and >= 1$") for g in (0, 2.0, "4")),
+        (lambda a: dict(loss_fn=_row_sums), r"^loss_fn.* returns shape \(.*\); it must be per token"),
+        (lambda a: dict(loss_fn=_one_number), r"^loss_fn.* returns shape \(\); it must be per token"),
+        (lambda a: dict(loss_fn=_with_a_reference), "^loss_fn _with_a_reference needs reference_logprobs: .* loss_inputs"),
+        (lambda a: dict(loss_fn=losses.dro), "^loss_fn dro needs beta: .* functools.partial"),
+        (
+            lambda a: dict(loss_inputs={"refrence": a["behavior_logprobs"]}),
+            "^loss_inputs holds refrence, which loss_fn ppo_clip does not take$",
+        ),
+    ],
+)
+def test_both_oracles_refuse_at_the_door_in_one_line(oracle, change, message):
+    arguments = dict(zip(("learner_logprobs", "behavior_logprobs", "rewards", "mask"), _two_prompts(), strict=True))
+    with pytest.raises(ValueError, match=message) as error:
+        oracle(**{**arguments, **_GRPO, **change(arguments)})
+    assert "\n" not in str(error.value)
+
+
+def test_parameters_that_do_not_match_are_named():
+    policy, task = policies.tabular(4, 1), tasks.bandit([[0.0, 0.5, 1.0]])
+    params = {"table": np.zeros((5, 4))}
+
+    def refused(message, learner=params, behavior=params, **roles):
+        for function in (exact.surrogate_gradient, exact.surrogate_objective_of_params):
+            with pytest.raises(ValueError, match=message):
+                function(policy, learner, behavior, task, **_GRPO, **roles)
+
+    refused("^behavior_params has the structure .*; that of learner_params is", behavior={"tables": params["table"]})
+    refused(r"^statistics_params\['table'\] has shape \(5, 3\)", statistics_params={"table": np.zeros((5, 3))})
+    refused("^learner_params has no leaves", learner={})
+
+
+def test_a_traced_group_size_is_refused():
+    with pytest.raises(ValueError, match="^group_size is traced"):
+        jax.jit(lambda g: exact.surrogate_objective(*_two_prompts(), **{**_GRPO, "group_size": g}))(4)
+
+
+@pytest.mark.parametrize("levels", [[0.0, 0.5, np.nan], [0.0, np.inf], []])
+def test_reward_levels_must_be_finite_numbers(levels):
+    with pytest.raises(ValueError, match="^reward_levels is .* all finite"):
+        exact.surrogate_objective(*_two_prompts(), **_GRPO, reward_levels=levels)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.int32, np.int64, np.uint8, np.float16, np.float32, jnp.bfloat16])
+def test_the_type_of_the_rewards_costs_no_digits(dtype):
+    """A standard deviation of whole rewards is no float32: √(2/9) of [0, 0, 1]."""
+    learner, behavior, rewards, mask = _two_prompts()
+    rewards = np.sign(rewards)
+    of = dict(_GRPO, group_size=3)
+    expected = exact.surrogate_objective(learner, behavior, rewards, mask, **of)
+    assert abs(expected - float(np.float32(expected))) > 1e-12 * abs(expected)
+    np.testing.assert_allclose(
+        exact.surrogate_objective(learner, behavior, rewards.astype(dtype), mask, **of), expected, rtol=1e-14
+    )
+    levels = dict(of, reward_levels=np.array([0, 1], dtype))
+    np.testing.assert_allclose(exact.surrogate_objective(learner, behavior, rewards, mask, **levels), expected, rtol=1e-14)
+    np.testing.assert_allclose(_BRUTE_FORCE(learner, behavior, rewards.astype(dtype), mask, **of), expected, rtol=1e-13)
+
+
 def test_a_traced_reward_without_a_level_spoils_the_result():
     learner, behavior, rewards, mask = _two_prompts()
     traced = jax.jit(lambda r: exact.surrogate_objective(learner, behavior, r, mask, **_GRPO, reward_levels=[0.0, 0.5, 1.0]))
@@ -291,3 +383,38 @@ def test_composition_probabilities_keep_their_gradient_at_zero():
     np.testing.assert_array_equal(gradient, [0.0, 0.0])  # d p² at p = 0, and no NaN
     mixed = jax.grad(lambda p: compositions.composition_probabilities(p[None], counts)[0, np.argmax(counts[:, 0] == 1)])
     np.testing.assert_array_equal(mixed(jnp.array([0.0, 1.0])), [2.0, 0.0])  # d 2·p·q
+
+
+def test_composition_probabilities_are_the_polynomials_off_the_simplex_too():
+    group_size = 12
+    counts = compositions.enumerate_compositions(3, group_size, 100)
+    coefficients = [math.factorial(group_size - 1) / math.prod(map(math.factorial, row)) for row in counts.tolist()]
+    p = np.array([[0.3, 0.0, 0.9], [0.2, 0.5, 0.3]])
+    powers = p[:, None] ** counts
+    value, tangents = jax.jit(
+        lambda p: (
+            compositions.composition_probabilities(p, counts),
+            jax.jacfwd(compositions.composition_probabilities)(p, counts),
+        )
+    )(p)
+    np.testing.assert_allclose(value, coefficients * powers.prod(-1), rtol=1e-13)
+    for level in range(3):
+        others = np.delete(powers, level, axis=-1).prod(-1)
+        slope = counts[:, level] * p[:, None, level] ** np.maximum(counts[:, level] - 1, 0)
+        for prompt in range(2):
+            got = tangents[prompt, :, prompt, level]
+            np.testing.assert_allclose(got, (coefficients * others * slope)[prompt], rtol=1e-13, atol=0)
+
+
+def test_the_program_of_a_large_group_is_hardly_longer():
+    def length(group_size):
+        counts = compositions.enumerate_compositions(2, group_size, 5000)
+        return len(jax.make_jaxpr(lambda p: compositions.composition_probabilities(p, counts))(np.full((1, 2), 0.5)).eqns)
+
+    assert length(512) <= length(8) + 40
+
+
+def test_multinomials_beyond_the_floats_are_refused():
+    counts = compositions.enumerate_compositions(2, 2000, 5000)
+    with pytest.raises(ValueError, match="^group_size is 2000; its multinomial coefficients overflow float64"):
+        compositions.composition_probabilities(jnp.full((1, 2), 0.5), counts)

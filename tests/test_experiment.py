@@ -317,6 +317,24 @@ def test_token_mean_is_refused_where_lengths_differ_and_only_there():
     assert "unequal lengths" in message and "use sequence_mean" in message and "cases.linear" in message
 
 
+def test_a_ring_larger_than_the_machine_is_refused():
+    """10 x 11 float64 a version; two schedules, one lag, three seeds."""
+    grid = dict(max_staleness=(2**31 - 2,), schedules=("fixed", "periodic"), num_seeds=3, learning_rates=(0.1,))
+    config = make_config(**{f"cases__tabular__{key}": value for key, value in grid.items()})
+
+    def check():
+        experiment.check_case(config, experiment.build_case(config, "tabular", start=False))
+
+    message = message_of(check)
+    assert message.startswith("config.cases.tabular.max_staleness = 2147483646 keeps as many old versions of the parameters")
+    assert all(word in message for word in ("6 cells side by side", "1.06e+04 GiB", "num_seeds", "vectorize=False"))
+    config["cases"]["tabular"]["vectorize"] = False
+    message = message_of(check)
+    assert "1.76e+03 GiB" in message and "vectorize" not in message and "num_seeds" not in message
+    config["cases"]["tabular"]["max_staleness"] = (1000,)
+    check()
+
+
 def two_lengths():
     from jax_async_grpo.tasks import enumerate_completions, make_task
 

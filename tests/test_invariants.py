@@ -62,6 +62,7 @@ HOLDS = [
     ("recorded_behavior_logprobs", (HIDDEN, at(LOGPROBS, ~MASK, np.inf), MASK)),
     ("recorded_behavior_logprobs", (HIDDEN, LOGPROBS, np.zeros_like(MASK))),
     ("staleness_within_bound", (np.array([[0, 4], [2, 1]]), 4)),
+    ("staleness_within_bound", (np.array([1, 0], np.uint32), 2)),
     ("finite_tree", ({"a": np.ones(3), "b": (np.arange(2), None)},)),
     ("finite_tree", ({},)),
 ]
@@ -85,6 +86,7 @@ FIRES = [
     ("recorded_behavior_logprobs", (LOGPROBS, at(LOGPROBS, (0, *VALID), -np.inf), MASK), np.inf),
     ("staleness_within_bound", (np.array([[0, 5], [2, 1]]), 4), 1),
     ("staleness_within_bound", (np.array([3, -2]), 4), 2),  # data from the future
+    ("staleness_within_bound", (np.array([1, 5], np.uint32), np.uint32(4)), 1),
     ("finite_tree", ({"a": np.array([1.0, np.nan, np.inf]), "b": (np.array([-np.inf]), np.arange(2))},), 3),
 ]
 

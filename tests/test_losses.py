@@ -63,6 +63,48 @@ def test_entropy_of_uniform_and_of_impossible_tokens():
     assert np.isnan(losses.entropy(jnp.array([1.0, jnp.nan, 2.0])))
 
 
+def test_the_widest_type_counts():
+    low, high = jnp.full((2, 3), -0.5, jnp.float32), jnp.full((2, 3), -0.25, jnp.float64)
+    for first, second in ((low, high), (high, low)):
+        assert losses.k3(first, second).dtype == jnp.float64
+    assert losses.k3(low, low).dtype == losses.k3(low.astype(jnp.bfloat16), low).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("loss_fn", [losses.ppo_clip, losses.importance_sampling, losses.sapo])
+def test_the_bound_of_the_docs_keeps_overflowing_ratios_finite(loss_fn):
+    old = jnp.full((3, 2), -1000.0, jnp.float32)
+    learner = jnp.stack([old[0] + 3.0, old[1] + 79.0, jnp.zeros(2, jnp.float32)])
+    advantages = jnp.array([1.0, -1.0, 0.0, 1.0, -1.0, 0.0])[jnp.array([[0, 1], [2, 3], [4, 5]])]
+
+    def loss(x, bounded):
+        return loss_fn(jnp.minimum(x, old + 80) if bounded else x, old, advantages)
+
+    values = loss(learner, True)
+    gradient = jax.grad(lambda x: loss(x, True).sum())(learner)
+    assert np.isfinite(values).all() and np.isfinite(gradient).all() and not gradient[2].any()
+    np.testing.assert_array_equal(values[:2], loss(learner, False)[:2])
+    np.testing.assert_array_equal(gradient[:2], jax.grad(lambda x: loss(x, False)[:2].sum())(learner)[:2])
+    assert np.isnan(jax.grad(lambda x: loss(x, False)[2].sum())(learner)).any()
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_no_array_is_named():
+    learner, old, advantage, mask = _case(0)
+    for first, second, name in ((None, old, "logprobs"), (learner, None, "reference_logprobs")):
+        with pytest.raises(ValueError, match=f"^{name} is None; "):
+            losses.k3(first, second)
+    with pytest.raises(ValueError, match="^logprobs is a list; it must be an array$"):
+        losses.ppo_clip(learner.tolist(), old, advantage, mask)
+    with pytest.raises(ValueError, match="^old_logprobs is a list"):
+        losses.ppo_clip(learner, old.tolist(), advantage, mask)
+    with pytest.raises(ValueError, match="^advantages is a list"):
+        losses.ppo_clip(learner, old, advantage.tolist(), mask)
+    with pytest.raises(ValueError, match="^mask is a list; it must be an array"):
+        losses.ppo_clip(learner, old, advantage, mask.tolist())
+    with pytest.raises(ValueError, match="^advantages is None"):
+        losses.ppo_clip(learner, old, None, mask)
+
+
 def test_advantages_against_numpy():
     rewards = np.random.default_rng(0).normal(size=(7, 6))
     centered = rewards - rewards.mean(-1, keepdims=True)

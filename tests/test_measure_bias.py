@@ -555,8 +555,11 @@ MINE = __name__
         (("--config.loss_options.epsilon=0.1",), ("config.loss", "'epsilon'")),
         (("--config.nope=1",), ("config.nope is not a key", "the keys are seed,")),
         ((f"{CASE}nope=1",), ("config.cases.tabular.nope is not a key", "the keys are policy,")),
-        (("--config.cases.tabluar.num_seeds=1",), ("--config.cases.tabluar.num_seeds=1: ", "tabluar")),
-        (("--config.seed=one",), ("--config.seed=one", "int")),
+        (
+            ("--config.cases.tabluar.num_seeds=1",),
+            ("--config.cases.tabluar.num_seeds=1: there is no tabluar; there are tabular\n",),
+        ),
+        (("--config.seed=one",), ("--config.seed=one", "int", "; the config file says what it may be\n")),
         (("--config.max_compositions=20",), ("36 compositions", "max_compositions = 20", "lower group_size")),
         (("--config.loss=jax_async_grpo.losses.ppo_clp",), ("config.loss is", "no attribute 'ppo_clp'")),
         ((f"{CASE}task=my_tasks.task",), ("config.cases.tabular.task is 'my_tasks.task'", "No module named 'my_tasks'")),
@@ -637,6 +640,46 @@ def test_a_full_disk_is_one_line_and_keeps_the_records(copy_of_finished, config_
     result = job(config_file, f"--workdir={copy_of_finished}")
     assert result.code == 2 and result.err == "error: [Errno 28] No space left on device\n"
     assert (copy_of_finished / "metrics.jsonl").read_bytes() == rows
+
+
+PROGRAM = """
+import atexit, os, signal, sys, warnings
+from launch import command_line
+
+def main():
+    print("measured", end="")  # no line's end: the stream is to be flushed
+    warnings.warn("scores are\\nnot cached")
+    if "catch" in sys.stdin.read():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+        except KeyboardInterrupt:
+            return 130
+    return {code}
+
+atexit.register(print, ", torn down", end="")
+if __name__ == "__main__":
+    command_line.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "stdin", "left", "out", "err"),
+    [
+        ("0", "", 0, "measured, torn down", ""),
+        ("2", "", 2, "measured, torn down", ""),
+        ("130", "catch", 130, "measured", ""),
+        ("os.kill(os.getpid(), signal.SIGINT)", "", 130, "measured", "\nInterrupted.\n"),
+    ],
+)
+def test_as_a_program_it_warns_in_one_line_and_leaves_at_once_when_interrupted(tmp_path, code, stdin, left, out, err):
+    """A compiled program that was left behind crashes the interpreter while it is torn down, so it is not."""
+    script = tmp_path / "job.py"
+    script.write_text(PROGRAM.format(code=code))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(script)]
+    ran = subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True, timeout=120)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (left, out, f"warning: scores are not cached\n{err}")
 
 
 def test_as_a_program_it_explains_itself():

@@ -133,6 +133,10 @@ def test_huge_ratios_are_clamped_and_the_effective_sample_size_is_not():
     got = off_policy(learner, behavior)
     assert got["is_ratio/min"] == pytest.approx(np.exp(-20), rel=1e-5)
     assert got["off_policy/k3_kl"] == pytest.approx((49 + 399 * (np.expm1(0.5) - 0.5)) / 400, rel=1e-5)
+    for impossible in (-80.0, -np.inf):  # a token that the behavior policy hardly draws, or cannot
+        behavior[0, 0] = impossible
+        got = off_policy(learner, behavior)
+        assert got["off_policy/k3_kl"] == pytest.approx((np.exp(20) - 21) / 400, rel=1e-5)
 
 
 def test_tiny_differences_survive_float32():
@@ -165,12 +169,16 @@ def test_staleness_counts_completions_or_tokens():
     by_token = off_policy(logprobs, logprobs, mask, in_flight, jnp.asarray(6))
     assert [by_token[f"staleness/{k}"] for k in ("mean", "min", "max")] == [2, 0, 4]
     assert not any(k.startswith("staleness") for k in off_policy(logprobs, logprobs, mask))
+    from_the_future = off_policy(logprobs, logprobs, mask, np.array([5, 6], np.uint32), jnp.uint8(3))
+    assert [from_the_future[f"staleness/{k}"] for k in ("mean", "min", "max")] == [-2.5, -3, -2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((np.zeros(()), np.zeros(())), r"^logprobs is a scalar; it must be \[\.\.\., L\]"),
+        (([[0.0]], np.zeros((1, 1))), r"^logprobs is a list; it must be an array$"),
+        ((np.zeros((1, 1)), None), r"^behavior_logprobs is None; it must be an array$"),
         ((np.zeros((2, 3)), np.zeros((2, 1))), r"^behavior_logprobs has shape \(2, 1\); it must be .* \(2, 3\)$"),
         ((np.zeros((2, 3)), np.zeros((2, 3)), np.ones(3)), r"^mask has shape \(3,\)"),
         ((np.zeros((2, 3)), np.zeros((2, 3)), None, np.zeros(2)), r"^policy_version is given and step is None"),
@@ -220,6 +228,30 @@ def test_clip_fraction_of_an_empty_mask_and_of_bad_arguments():
         metrics.clip_fraction(zeros, zeros, zeros, epsilon_low=0)
 
 
+@pytest.mark.parametrize("spoiled", [0, 1, 2])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_clip_fraction_shows_a_nan_inside_the_mask(spoiled, sign):
+    learner, behavior = np.zeros((2, 4, 3))
+    arguments = [learner + 0.5, behavior, np.full((4, 3), sign)]
+    arguments[spoiled][1, 2] = np.nan
+    counted, left_out = np.ones((4, 3), bool), np.ones((4, 3), bool)
+    left_out[1, 2] = False
+    assert np.isnan(metrics.clip_fraction(*arguments, counted)["pg_clipfrac"])
+    assert metrics.clip_fraction(*arguments, left_out)["pg_clipfrac"] == (sign > 0)
+
+
+def test_trees_that_do_not_match_are_refused():
+    tree = {"w": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    for name, first, second in (("drift", "learner_params", "behavior_params"), ("gradient_cosine", "gradient", "other")):
+        function = getattr(metrics, name)
+        with pytest.raises(ValueError, match=rf"^{second}\['w'\] has shape \(3,\); {first}\['w'\] has \(2, 3\)$"):
+            function(tree, {**tree, "w": jnp.ones(3)})
+        with pytest.raises(ValueError, match=f"^{second} has the structure .*; that of {first} is "):
+            function(tree, tree["w"])
+        with pytest.raises(ValueError, match=f"^{first} has no leaves"):
+            function({}, {})
+
+
 def test_drift_is_the_norm_over_all_parameters():
     theta = {"w": jnp.array([[3.0, 0.0], [0.0, 1.0]]), "b": (jnp.array([2.0]),)}
     phi = {"w": jnp.array([[0.0, 0.0], [0.0, 1.0]]), "b": (jnp.array([-2.0]),)}
@@ -248,6 +280,10 @@ def test_gradient_cosine():
     zero = jax.tree.map(np.zeros_like, first)
     assert gradient_cosine(first, zero) == gradient_cosine(zero, zero) == 0.0
     assert np.isnan(gradient_cosine(first, {**second, "b": np.full(4, np.nan)}))
+    for scale in (1e-200, 1e200):
+        assert gradient_cosine(first, jax.tree.map(lambda x, s=scale: s * x, second)) == pytest.approx(want, rel=1e-12)
+    large = [jax.tree.map(lambda x: np.float32(1e25 * x), tree) for tree in (first, second)]
+    assert gradient_cosine(*large) == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])

@@ -686,6 +686,18 @@ def test_traced_completions_are_refused(name):
         (lambda: policies.decoder(0), "vocab_size is 0"),
         (lambda: policies.decoder(4, num_layers=0), "num_layers is 0"),
         (lambda: policies.decoder(4, mlp_width=0), "mlp_width is 0"),
+        *(
+            (lambda f=make: f(4, 1.5), "context_length is 1.5; it must be an integer of at least 1")
+            for make in (policies.tabular, policies.linear)
+        ),
+        (lambda: policies.tabular("4", 1), "vocab_size is '4'"),
+        (lambda: policies.linear(4, 2, num_features=11.0), "num_features is 11.0"),
+        (lambda: policies.decoder(4, num_layers=2.0), "num_layers is 2.0"),
+        (lambda: policies.decoder(4, num_layers=True), "num_layers is True"),
+        (lambda: policies.decoder(4, dtype="foo"), "dtype is 'foo'; it must be a floating-point type"),
+        (lambda: policies.decoder(4, dtype=int), "dtype is .*int.*; it must be a floating-point type"),
+        (lambda: policies.tabular(4, 1, dtype="int32"), "dtype is 'int32'"),
+        (lambda: policies.linear(4, 1, dtype="foo"), "dtype is 'foo'"),
         (lambda: policies.decoder(4, width=20, num_heads=4), "width is 20; it must be a multiple of 2·num_heads = 8"),
     ],
 )

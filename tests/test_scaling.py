@@ -199,7 +199,7 @@ X2 = np.array([[1, 1], [2, 1], [4, 2], [8, 5.0], [3, 3]])
         ([1, -2, 3], [1, 2, 3], {}, r"x\[:, 0\] holds -2\.0 at point 1"),
         ([1, np.inf, 3], [1, 2, 3], {}, r"x\[:, 0\] holds inf at point 1"),
         ([1, 2, 3], [1, 2], {}, r"y has shape \(2,\)"),
-        ([1, 2], [1, 2], {}, "2 of 2 point.s. lie in window=None; 1 exponent.s. need at least 3"),
+        ([1, 2], [1, 2], {}, "^2 point.s. given; 1 exponent.s. need at least 3$"),
         ([1, 2, 3, 4], [1, 2, 3, 4], {"window": (2, 3)}, "2 of 4 point"),
         ([2, 2, 2], [1, 2, 3], {}, r"x\[:, 0\] is constant \(2\) in the window"),
         (X2[:, [0, 0]], X2[:, 0], {}, "collinear"),

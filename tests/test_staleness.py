@@ -107,6 +107,12 @@ def test_vmap_over_staleness_and_over_histories():
     chex.assert_trees_all_equal(jax.jit(jax.vmap(create_and_read))(stack(versions[:3])), stack(versions[:3]))
 
 
+@pytest.mark.parametrize("bad", [0.5, True, [1], [[1, 2]]])
+def test_an_array_that_is_not_one_integer_is_refused(bad):
+    with pytest.raises(ValueError, match=r"^staleness is (float|int|bool).*; it must be one integer$"):
+        read(fill(make_versions(5)), jnp.array(bad))
+
+
 @pytest.mark.parametrize("bad", [-1, CAPACITY, CAPACITY + 7, np.int64(CAPACITY), 1.0, True, None, np.array([0, 1])])
 def test_a_static_staleness_outside_the_ring_is_refused(bad):
     with pytest.raises(ValueError, match=r"^staleness is .*(0\.\.3|>= 0)$"):
@@ -334,6 +340,7 @@ def test_periodic_and_random_have_the_same_rms(max_staleness):
     [
         ((-1, 5), r"^max_staleness is -1; it must be an integer >= 0$"),
         ((2.0, 5), r"^max_staleness is 2\.0; it must be an integer >= 0$"),
+        ((2**40, 5), r"^max_staleness is 1099511627776; schedules are int32, so it must be at most 2147483647$"),
         ((True, 5), r"^max_staleness is True; it must be an integer >= 0$"),
         ((2, 0), r"^num_updates is 0; it must be an integer >= 1$"),
         ((2, "5"), r"^num_updates is '5'; it must be an integer >= 1$"),
@@ -350,7 +357,7 @@ def test_random_refuses_what_is_no_seed(seed):
         staleness.random(seed, 2, 5)
 
 
-@pytest.mark.parametrize("bad", [3, [0.0, 1.0], [1, -1]])
+@pytest.mark.parametrize("bad", [3, [0.0, 1.0], [1, -1], np.zeros(0, int), np.zeros((0, 2), int)])
 @pytest.mark.parametrize("function", [staleness.realised, staleness.rms])
 def test_functions_of_schedules_refuse_other_arrays(function, bad):
     with pytest.raises(ValueError, match=r"^staleness must be integers >= 0 of shape \[T\] or \[T, B\]; got "):

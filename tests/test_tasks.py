@@ -267,9 +267,12 @@ def test_digit_sum_is_a_function_of_the_seed():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 2, 10), "num_prompts=0 must be at least 1"),
-        ((1, 0, 10), "num_digits=0 must be at least 1"),
-        ((1, 2, 1), "base=1 must be at least 2"),
+        ((0, 2, 10), "num_prompts=0 must be an integer of at least 1"),
+        ((1, 0, 10), "num_digits=0 must be an integer of at least 1"),
+        ((1, 2, 1), "base=1 must be an integer of at least 2"),
+        ((1, 2.0, 10), "num_digits=2.0 must be an integer of at least 1"),
+        (("1", 2, 10), "num_prompts='1' must be"),
+        ((1, 2, 9.5), "base=9.5 must be"),
         ((7, 1, 3), "num_prompts=7 must be at most 6"),
         ((1, 9, 10), "1,000,000,000 completions"),
     ],
@@ -504,6 +507,8 @@ def test_scores_must_be_finite(gym, make, monkeypatch, score):
         (("gcd", "lcm"), {"max_value": 3}, "max_value=3 must"),
         (("gcd", "lcm"), {"products": {"max_digits": 1}}, "products={'max_digits': 1} must"),
         ("gcd", {"prompt_length": 0}, "prompt_length=0 must be at least 1"),
+        ("gcd", {"prompt_length": 4.0}, "prompt_length=4.0 must be an integer"),
+        ("gcd", {"num_prompts": "4"}, "num_prompts=.4. must be an integer"),
     ],
 )
 def test_reasoning_gym_refuses(make, dataset, options, message):

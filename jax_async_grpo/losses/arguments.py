@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,16 @@ import jax.numpy as jnp
 
 from jax_async_grpo.masked import as_mask
 
-__all__ = ["PolicyInputs", "check_positive", "check_tokens", "detached", "policy_inputs", "token_inputs", "valid_only"]
+__all__ = [
+    "PolicyInputs",
+    "check_positive",
+    "check_tokens",
+    "detached",
+    "policy_inputs",
+    "shape_of",
+    "token_inputs",
+    "valid_only",
+]
 
 
 class PolicyInputs(NamedTuple):
@@ -46,15 +56,12 @@ def policy_inputs(logprobs, old_logprobs, advantages, mask) -> PolicyInputs:
     """
     if old_logprobs is None:
         raise ValueError("old_logprobs is None; the ratio needs its denominator (pass the recorded behavior log-probs)")
-    for name, array in (("logprobs", logprobs), ("advantages", advantages)):
-        if array is None:
-            raise ValueError(f"{name} is None; pass an array")
-    shape = jnp.shape(logprobs)
+    shape = shape_of("logprobs", logprobs)
     valid = check_tokens("old_logprobs", old_logprobs, shape, mask)
-    rank = jnp.ndim(advantages)
-    expected = shape if rank == len(shape) else shape[:-1]
-    if jnp.shape(advantages) != expected:
-        raise ValueError(f"advantages has shape {jnp.shape(advantages)}; it must be {shape} (per token) or {shape[:-1]}")
+    given = shape_of("advantages", advantages)
+    rank = len(given)
+    if given != (shape if rank == len(shape) else shape[:-1]):
+        raise ValueError(f"advantages has shape {given}; it must be {shape} (per token) or {shape[:-1]}")
     dtype = jnp.promote_types(jnp.result_type(logprobs), jnp.float32)
     advantages = jnp.asarray(advantages, dtype)
     advantages = advantages if rank == len(shape) else advantages[..., None]
@@ -65,15 +72,13 @@ def policy_inputs(logprobs, old_logprobs, advantages, mask) -> PolicyInputs:
 def token_inputs(mask, **arrays) -> tuple[jax.Array, ...]:
     """The named arrays [..., L], checked against the first, at least float32, 0 under the mask; then the mask as bool."""
     (first, values), *others = arrays.items()
-    if values is None:
-        raise ValueError(f"{first} is None; pass an array")
-    shape = jnp.shape(values)
+    shape = shape_of(first, values)
     if not shape:
         raise ValueError(f"{first} is a scalar; it must be [..., L], one value per completion token")
     for name, array in others:
         _check_shape(name, array, shape, first)
     valid = as_mask(mask, shape)
-    dtype = jnp.promote_types(jnp.result_type(values), jnp.float32)
+    dtype = jnp.promote_types(jnp.result_type(*arrays.values()), jnp.float32)
     return *(valid_only(jnp.asarray(x, dtype), valid) for x in arrays.values()), valid
 
 
@@ -93,6 +98,15 @@ def check_tokens(name: str, other, shape: tuple[int, ...], mask) -> jax.Array:
     return as_mask(mask, shape)
 
 
+def shape_of(name: str, values) -> tuple[int, ...]:
+    """The shape of an array or a number; raises ValueError, naming the argument, for None, lists and what else is no array."""
+    if values is None:
+        raise ValueError(f"{name} is None; it must be an array")
+    if not hasattr(values, "shape") and not isinstance(values, numbers.Number):
+        raise ValueError(f"{name} is a {type(values).__name__}; it must be an array")
+    return jnp.shape(values)
+
+
 def check_positive(**options: float) -> None:
     """Raises ValueError on the first option that is not a positive finite number."""
     for name, value in options.items():
@@ -108,5 +122,5 @@ def valid_only(values: jax.Array, valid: jax.Array) -> jax.Array:
 def _check_shape(name, other, shape, like):
     if other is None:
         raise ValueError(f"{name} is None; pass an array of the shape of {like}, {shape}")
-    if jnp.shape(other) != shape:
+    if shape_of(name, other) != shape:
         raise ValueError(f"{name} has shape {jnp.shape(other)}; it must have the shape of {like}, {shape}")

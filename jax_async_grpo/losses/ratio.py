@@ -161,7 +161,7 @@ def clipped_tokens(
     epsilon_low: float = 0.2,
     epsilon_high: float = 0.2,
 ) -> jax.Array:
-    """1 where `ppo_clip` takes the clipped branch, (A > 0 and r > 1+ε_high) or (A < 0 and r < 1−ε_low), else 0.
+    """1 where `ppo_clip` takes the clipped branch, (A > 0 and r > 1+ε_high) or (A < 0 and r < 1−ε_low), else 0; NaN shows.
 
     Its mean over valid tokens is the field's `pg_clipfrac`. Arguments, shape and errors as in `ppo_clip`.
     """
@@ -170,7 +170,8 @@ def clipped_tokens(
     ratio = jnp.exp(logprobs - old_logprobs)
     high = (advantages > 0) & (ratio > 1 + epsilon_high)
     low = (advantages < 0) & (ratio < 1 - epsilon_low)
-    return valid_only((high | low).astype(logprobs.dtype), valid)
+    undefined = jnp.isnan(ratio) | jnp.isnan(advantages)  # which no comparison would show
+    return valid_only(jnp.where(undefined, jnp.nan, (high | low).astype(logprobs.dtype)), valid)
 
 
 def check_clip(epsilon_low: float, epsilon_high: float, dual_clip: float | None = None) -> None:

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jax_async_grpo.policies.sizes import check_dtype, check_sizes
 from jax_async_grpo.policies.visibility import visibility
 from jax_async_grpo.types import Policy
 
@@ -42,7 +43,8 @@ def decoder(
       residual stream are divided by √(2·num_layers).
 
     Raises:
-      ValueError: sizes below 1, a width that the heads do not divide into even parts; (when applied) a cache.
+      ValueError: sizes that are no integers of at least 1, a width that the heads do not divide into even parts, another dtype
+        than a floating one; (when applied) a cache.
 
     Example:
       >>> policy = decoder(vocab_size=11, num_layers=1, width=16, num_heads=2)
@@ -52,9 +54,8 @@ def decoder(
       ((2, 5, 16), (2, 5, 11))
     """
     sizes = {"vocab_size": vocab_size, "num_layers": num_layers, "width": width, "num_heads": num_heads, "mlp_width": mlp_width}
-    for name, value in sizes.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    check_sizes(**{name: value for name, value in sizes.items() if value is not None})
+    check_dtype(dtype)
     if width % (2 * num_heads):
         raise ValueError(f"width is {width}; it must be a multiple of 2·num_heads = {2 * num_heads}")
     mlp_width = -(-width // 3) * 8 if mlp_width is None else mlp_width

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_async_grpo.policies.adapters import from_logits
+from jax_async_grpo.policies.sizes import check_dtype, check_sizes
 from jax_async_grpo.policies.visibility import visibility
 from jax_async_grpo.types import Policy
 
@@ -33,13 +34,14 @@ def tabular(vocab_size: int, context_length: int, *, init_scale: float = 0.0, in
       Policy with params {"table": [D, V]}; hidden states are the logits, which are looked up, not multiplied out.
 
     Raises:
-      ValueError: sizes below 1, D above 2^31 - 1, init_scale negative, initial_logits that are not [V].
+      ValueError: sizes that are no integers of at least 1, D above 2^31 - 1, init_scale negative, initial_logits that are not
+        [V], another dtype than a floating one.
 
     Example:
       >>> tabular(vocab_size=4, context_length=2).init(jax.random.key(0))["table"].shape
       (25, 4)
     """
-    _check_sizes(vocab_size, context_length, init_scale)
+    _check_sizes(vocab_size, context_length, init_scale, dtype)
     num_contexts = (vocab_size + 1) ** context_length
     if num_contexts >= 2**31:
         raise ValueError(
@@ -82,16 +84,18 @@ def linear(
       Policy with params {"table": [D, V]}.
 
     Raises:
-      ValueError: sizes below 1, num_features smaller than the one-hots or larger than all products allow, init_scale negative.
+      ValueError: sizes that are no integers of at least 1, num_features smaller than the one-hots or larger than all products
+        allow, init_scale negative, another dtype than a floating one.
 
     Example:
       >>> linear(vocab_size=4, context_length=2, num_features=20).init(jax.random.key(0))["table"].shape
       (20, 4)
     """
-    _check_sizes(vocab_size, context_length, init_scale)
+    _check_sizes(vocab_size, context_length, init_scale, dtype)
     num_codes = vocab_size + 1
     base = 1 + context_length * num_codes
     num_features = base if num_features is None else num_features
+    check_sizes(num_features=num_features)
     most = base + context_length * (context_length - 1) // 2 * num_codes**2
     if not base <= num_features <= most:
         raise ValueError(f"num_features is {num_features}; it must be between {base} (1 + c·(V+1)) and {most} (all products)")
@@ -143,9 +147,9 @@ def _draw_products(count: int, context_length: int, num_codes: int, seed: int) -
     return first[pair] * num_codes + left, second[pair] * num_codes + right
 
 
-def _check_sizes(vocab_size: int, context_length: int, init_scale: float) -> None:
-    for name, value in (("vocab_size", vocab_size), ("context_length", context_length)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+def _check_sizes(vocab_size: int, context_length: int, init_scale: float, dtype) -> None:
+    check_sizes(vocab_size=vocab_size, context_length=context_length)
+    if dtype is not None:
+        check_dtype(dtype)
     if not init_scale >= 0:
         raise ValueError(f"init_scale is {init_scale}; it must be >= 0")

@@ -39,7 +39,7 @@ def digit_sum(
       The task; without `variable_length` all completions have the same length, so there is no end token.
 
     Raises:
-      ValueError: an argument below its minimum, more prompts than pairs that fit, or too many completions.
+      ValueError: an argument that is no integer or below its minimum, more prompts than pairs that fit, too many completions.
 
     Example:
       >>> task = digit_sum(num_prompts=4, num_digits=2, base=3)
@@ -47,8 +47,8 @@ def digit_sum(
       ((4, 5), (9, 2), [1.0, 1.0, 1.0, 1.0])
     """
     for name, value, least in (("num_prompts", num_prompts, 1), ("num_digits", num_digits, 1), ("base", base, 2)):
-        if value < least:
-            raise ValueError(f"{name}={value} must be at least {least}")
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
     if variable_length and base > 10:
         raise ValueError(f"base={base} must be at most 10 where the length varies")
     num_pairs = base**num_digits * (base**num_digits + 1) // 2

@@ -94,6 +94,9 @@ def reasoning_gym(
 def _check_arguments(names: tuple[str, ...], num_prompts: int, prompt_length: int) -> None:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"dataset={names} must be a name or several different ones")
+    for name, value in (("num_prompts", num_prompts), ("prompt_length", prompt_length)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ValueError(f"{name}={value!r} must be an integer")
     if num_prompts < len(names):
         raise ValueError(f"num_prompts={num_prompts} must be at least {len(names)}, one for each dataset")
     if prompt_length < 1:
