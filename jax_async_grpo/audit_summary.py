@@ -83,6 +83,7 @@ def _line(row: Row, curve: Row) -> dict[str, Any]:
         "zero_gradient": row["zero_gradient_fraction"],
         "relative_slope": None if slope is None else slope / fresh,
         "saturation": curve["saturation_drift"],
+        "curve_end": curve["drift/from_behavior"][-1],
         "relative_std": math.sqrt(row["grad/variance"]) / fresh,
         "kink": curve["kink"],
     }
@@ -175,7 +176,7 @@ def _shown(key: str, line: Row) -> str:
     if value is None:
         return "kink"
     if key == "saturation":
-        return "never" if math.isinf(value) else f"{value:.2g}"
+        return f"> {line['curve_end']:.2g}" if math.isinf(value) else f"{value:.2g}"
     return f"{value:.4f}" if key in ("relative_bias", "cosine") else f"{value:.2f}"
 
 
@@ -198,7 +199,9 @@ def bias_variance_figure(table: Sequence[Row], path: str | os.PathLike) -> Figur
         mine = [line for line in drawn if line["correction"] == name]
         x, y = ([line[key] for line in mine] for key in ("relative_std", "relative_bias"))
         alone = name == "none"
-        ax.scatter(x, y, s=34 if alone else 16, color=_color(name, names), label=name, zorder=3 if alone else 2)
+        ax.scatter(
+            x, y, s=34 if alone else 16, color=_color(name, names), label="alone" if alone else name, zorder=3 if alone else 2
+        )
     ax.set(yscale="log", xlabel=r"scatter of one sampled gradient, $\sqrt{E\Vert\hat g-H\Vert^2}/\Vert H(\theta,\theta)\Vert$")
     ax.set_ylabel(r"relative staleness bias $\Vert\delta\Vert/\Vert H(\theta,\theta)\Vert$")
     ax.yaxis.set_major_formatter("{x:g}")
@@ -208,7 +211,7 @@ def bias_variance_figure(table: Sequence[Row], path: str | os.PathLike) -> Figur
     left, right = ax.get_xlim()
     ax.set_xlim(left, right + 0.3 * (right - left))
     _name_points(ax, [line for line in drawn if line["correction"] == "none"])
-    ax.legend(title="correction", fontsize=7, title_fontsize=7, loc="upper left")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
     return figure
@@ -297,6 +300,6 @@ def _draw_curves(ax, curves: Sequence[Row], names: Sequence[str]) -> None:
         if alone and row["first_order_coefficient"] is not None:
             law = row["first_order_coefficient"] * x * (y[0] / row["bias/norm"][0])
             ax.plot(x, law, color="0.5", linestyle=":", linewidth=1.0, label="first-order law", zorder=1)
-    ax.set(xscale="log", yscale="log", ylim=(1e-3, 1e2))
+    ax.set(xscale="log", yscale="log", ylim=(1e-3, 1e1))
     ax.tick_params(labelsize=6)
     ax.grid(True, which="major", color="0.92")

@@ -9,19 +9,12 @@ import sys
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from jax_async_grpo import audit, audit_summary, records
 from launch import command_line
 
-# Keys the config lacks pass here, so that the job's own check can name them and say which there are.
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, such as configs/audit.py.", lock_config=False, accept_new_attributes=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for config.json, audit.jsonl, summary.json, the table and figures.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what would be audited, measure nothing.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh in a workdir that holds another run; other files stay.")
+flags.adopt_module_key_flags(command_line)  # --help shows them
 _WRITTEN = ("audit.jsonl", "audit.md", "audit.html", "bias_variance.png", "curves.png")
 
 
@@ -29,15 +22,15 @@ def main() -> int:
     # The bias is measured in float64, which accelerators lack or emulate slowly.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
-    if not _CONFIG.present or not (_WORKDIR.value or _DRY_RUN.value):
+    if not command_line.CONFIG.present or not (command_line.WORKDIR.value or command_line.DRY_RUN.value):
         raise ValueError("give --config=configs/audit.py and --workdir=DIR (or --dry_run)")
-    config = command_line.read_config(_CONFIG)
+    config = command_line.read_config(command_line.CONFIG)
     audit.validate(config)
     entries = audit.entries(config)
-    if _DRY_RUN.value:
+    if command_line.DRY_RUN.value:
         print(*(entry.name for entry in entries), f"{len(entries)} entries", sep="\n")
         return 0
-    workdir = records.open_workdir(_WORKDIR.value, config, overwrite=_OVERWRITE.value, figures=_WRITTEN)
+    workdir = records.open_workdir(command_line.WORKDIR.value, config, overwrite=command_line.OVERWRITE.value, figures=_WRITTEN)
     interrupted = False
     with tqdm(total=len(entries), unit="loss", disable=not sys.stderr.isatty()) as bar:
 

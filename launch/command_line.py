@@ -14,9 +14,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
-__all__ = ["check_interrupt", "read_config", "run"]
+__all__ = ["CONFIG", "DRY_RUN", "OVERWRITE", "WORKDIR", "check_interrupt", "read_config", "run"]
+
+# The flags of every job, defined once. Keys the config lacks pass here, so that the job's own check can name them and say which
+# there are.
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file: configs/ has one for every job.", lock_config=False, accept_new_attributes=True
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: config.json, records, summary.json, tables and figures.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, measure nothing.")
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh in a workdir that holds another run; other files stay.")
 
 _interrupted = threading.Event()
 

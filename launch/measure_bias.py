@@ -10,37 +10,32 @@ import sys
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from jax_async_grpo import bias_run, bias_summary, experiment, invariants, records, report
 from launch import command_line
 
-# Keys the config lacks pass here, so that the job's own check can name them and say which there are.
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Config file, such as configs/measure_bias.py.", lock_config=False, accept_new_attributes=True
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for config.json, metrics.jsonl, summary.json and bias.png.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and its cost, measure nothing.")
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh in a workdir that holds another run; other files stay.")
+flags.adopt_module_key_flags(command_line)  # --help shows them
 
 
 def main() -> int:
     # The laws are measured in float64, which accelerators lack or emulate slowly.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_x64", True)
-    if not _CONFIG.present or not (_WORKDIR.value or _DRY_RUN.value):
+    if not command_line.CONFIG.present or not (command_line.WORKDIR.value or command_line.DRY_RUN.value):
         raise ValueError("give --config=configs/measure_bias.py and --workdir=DIR (or --dry_run)")
-    config = command_line.read_config(_CONFIG)
+    config = command_line.read_config(command_line.CONFIG)
     experiment.validate(config)
     experiment.check_algorithm(config)
     cases = [experiment.build_case(config, name, start=False) for name in config["cases"]]
     for case in cases:
         experiment.check_case(config, case)
-    if _DRY_RUN.value:
+    if command_line.DRY_RUN.value:
         print(experiment.describe(config, cases))
         return 0
-    workdir = records.open_workdir(_WORKDIR.value, config, overwrite=_OVERWRITE.value, figures=("bias.png",))
+    workdir = records.open_workdir(
+        command_line.WORKDIR.value, config, overwrite=command_line.OVERWRITE.value, figures=("bias.png",)
+    )
     code, stopped = 0, ""
     with tqdm(total=len(experiment.chunks(config)), unit="chunk", disable=not sys.stderr.isatty()) as bar:
 

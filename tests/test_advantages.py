@@ -348,16 +348,18 @@ def test_the_oracle_takes_what_stays_within_a_group_and_refuses_batch_statistics
             check(advantage_fn)
 
 
-def test_low_precision_and_integers_come_in_and_float32_goes_out():
+def test_low_precision_goes_out_as_float32_and_integers_as_the_default_float():
     functions = [
         *_OF_GROUPS,
         advantages.reinforce_plus_plus,
         functools.partial(advantages.reinforce_plus_plus_baseline, mask=jnp.ones((2, 3, 2))),
         functools.partial(advantages.overlong_penalty, max_length=2, buffer=1),
     ]
-    for dtype in (jnp.bfloat16, jnp.float32, jnp.int32):
+    for dtype in (jnp.bfloat16, jnp.float32):
         for function in functions:
             assert jax.eval_shape(function, jax.ShapeDtypeStruct((2, 3), dtype)).dtype == jnp.float32
+    for function in _OF_GROUPS:  # integer rewards are exact: they become the default float, float64 here
+        assert jax.eval_shape(function, jax.ShapeDtypeStruct((2, 3), jnp.int32)).dtype == jnp.float64
 
 
 _R = np.array([[0.0, 1.0]])

@@ -54,7 +54,7 @@ def dotted_names(text: str) -> set[str]:
     """Names such as `exact.surrogate_gradient` in code spans that begin with a module of the package."""
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE))
     found = {match for span in spans for match in re.findall(r"(?<![\w./])(?:jax_async_grpo\.)?([a-z_]+\.[A-Za-z_]\w*)", span)}
-    files = (".json", ".jsonl", ".md", ".png", ".py")
+    files = (".html", ".json", ".jsonl", ".md", ".png", ".py")
     return {name for name in found if name.partition(".")[0] in modules() and not name.endswith(files)}
 
 
@@ -126,9 +126,9 @@ def test_words_in_the_readme_are_modules():
 
 
 def test_flags_in_documents_exist():
-    source = (ROOT / "launch" / "measure_bias.py").read_text()
+    source = (ROOT / "launch" / "command_line.py").read_text()
     defined = set(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\"", source)) | {"verbosity"}
-    for name in ("README.md", "docs/measure_bias.md"):
+    for name in ("README.md", "docs/audit.md", "docs/measure_bias.md"):
         assert set(re.findall(r"(?<![\w-])--([a-z_]+)", DOCUMENTS[name])) <= defined, name
     table = set(re.findall(r"^\| `--([a-z_]+)", DOCUMENTS["docs/measure_bias.md"], flags=re.MULTILINE))
     assert table - {"config"} == defined - {"config"} and "config" in table
