@@ -103,9 +103,9 @@ def prime(
     """
     check_positive(threshold_low=threshold_low, threshold_high=threshold_high)
     inputs = policy_inputs(logprobs, old_logprobs, advantages, mask)
-    gained = jnp.exp(inputs.logprobs) - jnp.exp(inputs.old_logprobs)
+    gained, ratio = _gained(inputs)
     keep = jnp.where(inputs.advantages > 0, gained <= threshold_high, gained >= -threshold_low)
-    return _band(inputs, keep, kl_coefficient)
+    return _band(inputs, keep, ratio, kl_coefficient)
 
 
 def ipo(
@@ -120,8 +120,8 @@ def ipo(
     """As `prime` with a band for both signs of A: a token with |π_θ−π_old| > threshold is dropped (prime-rl's `ipo`)."""
     check_positive(threshold=threshold)
     inputs = policy_inputs(logprobs, old_logprobs, advantages, mask)
-    keep = jnp.abs(jnp.exp(inputs.logprobs) - jnp.exp(inputs.old_logprobs)) <= threshold
-    return _band(inputs, keep, kl_coefficient)
+    gained, ratio = _gained(inputs)
+    return _band(inputs, jnp.abs(gained) <= threshold, ratio, kl_coefficient)
 
 
 def _weighted(inputs, fixed, keep, ratio_cap):
@@ -131,9 +131,15 @@ def _weighted(inputs, fixed, keep, ratio_cap):
     return valid_only(jnp.where(keep, -weight * inputs.advantages * inputs.logprobs, 0.0), inputs.valid)
 
 
-def _band(inputs, keep, kl_coefficient):
+def _gained(inputs):
+    """π_θ − π_old and r from two exponentials, π_old·(r − 1): a third would be a third of the loss's time."""
+    ratio = jnp.exp(inputs.logprobs - inputs.old_logprobs)
+    return jnp.exp(inputs.old_logprobs) * (ratio - 1.0), ratio
+
+
+def _band(inputs, keep, ratio, kl_coefficient):
     if not 0 <= kl_coefficient < math.inf:
         raise ValueError(f"kl_coefficient is {kl_coefficient}; it must be >= 0 and finite")
     log_ratio = inputs.logprobs - inputs.old_logprobs
-    surrogate = jnp.where(keep, -inputs.advantages * jnp.exp(log_ratio), 0.0)
+    surrogate = jnp.where(keep, -inputs.advantages * ratio, 0.0)
     return valid_only(surrogate + kl_coefficient * log_ratio**2, inputs.valid)
