@@ -24,9 +24,10 @@ from jax_async_grpo.compiling import jit_once, jit_repeated
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, first_line, resolve
 from jax_async_grpo.records import Workdir, read_jsonl
 
-__all__ = ["RECORDS", "Entry", "entries", "finished_entries", "run_entries", "validate"]
+__all__ = ["CONTROL", "RECORDS", "Entry", "entries", "finished_entries", "run_entries", "validate"]
 
 RECORDS = "audit.jsonl"
+CONTROL = "proximal"  # the correction of weight 1
 _KEYS = (
     "seed",
     "group_size",
@@ -60,7 +61,7 @@ class Entry(NamedTuple):
     """One line of the audit's table.
 
     Attributes:
-      loss, correction: names in the config; correction "none" is the loss alone.
+      loss, correction: names in the config; correction "none" is the loss alone, "proximal" has the weight 1.
       loss_fn: the loss, correction included.
       proximal: True where the ratio's denominator is the proximal policy, False where it is the behavior policy.
     """
@@ -104,6 +105,8 @@ def validate(config: Mapping[str, Any]) -> None:
         check_keys(part, ("fn", "options", "corrected", "proximal"), f"losses.{name}")
     for name, part in config["corrections"].items():
         check_keys(part, ("fn", "options"), f"corrections.{name}")
+        if name in ("none", CONTROL):
+            raise ValueError(f"config.corrections.{name} is the name of a line of its own; give it another one")
     if not isinstance(config["extra_losses"], str):
         raise ValueError(f"config.extra_losses is {config['extra_losses']!r}; it must be dotted names, separated by commas")
     for entry in entries(config):
@@ -111,19 +114,28 @@ def validate(config: Mapping[str, Any]) -> None:
 
 
 def entries(config: Mapping[str, Any]) -> list[Entry]:
-    """Every loss alone, then beside every correction, in the order of the config; the user's own losses come first.
+    """Every loss alone, then with the proximal denominator that corrections have, then beside every correction.
+
+    The second is the control of the others: what differs from it is the weight alone. The user's own losses come first.
 
     Raises:
-      ValueError: naming the field, where a dotted name cannot be found.
+      ValueError: naming the field, where a dotted name cannot be found or two losses have one name.
     """
     own = [name.strip() for name in config["extra_losses"].split(",") if name.strip()]
-    parts = {name.rpartition(".")[2]: dict(fn=name, options={}, corrected=True, proximal=False) for name in own}
-    fields = {name: "extra_losses" for name in parts} | {name: f"losses.{name}" for name in config["losses"]}
+    named = [
+        (name.rpartition(".")[2], dict(fn=name, options={}, corrected=True, proximal=False), "extra_losses") for name in own
+    ]
+    named += [(name, part, f"losses.{name}") for name, part in config["losses"].items()]
+    names = [name for name, _, _ in named]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"config.extra_losses and config.losses name {twice} more than once; give it another name")
     made = []
-    for name, part in {**parts, **config["losses"]}.items():
-        loss_fn = _function(part, fields[name])
+    for name, part, field in named:
+        loss_fn = _function(part, field)
         made.append(Entry(name, "none", loss_fn, part["proximal"]))
-        if part["corrected"]:
+        if part["corrected"] and config["corrections"]:
+            made.append(Entry(name, CONTROL, loss_fn, True))
             for other, correction in config["corrections"].items():
                 weights = _function(correction, f"corrections.{other}")
                 made.append(Entry(name, other, corrections.corrected(loss_fn, weights), True))
@@ -165,13 +177,17 @@ def _audit(config, case: experiment.Case, points: Points, measurement: Callable,
     identity = {"entry": entry.name, "loss": entry.loss, "correction": entry.correction}
     done = {"kind": "entry", **identity}
     try:
-        tables, slopes = _tables(case, entry, config["proximal_fraction"])(
+        tables, doubled, slopes = _tables(case, entry, config["proximal_fraction"])(
             points.learner, points.behavior, points.proximal, points.tangent
         )
     except ValueError as error:
         refused = {"kind": "refused", **identity, "reason": first_line(error)}
         return [refused | _by_brute_force(config, case, points, entry), done]
-    measured = jax.device_get(measurement(points.learner, points.behavior, points.tangent, points.jacobian, tables, slopes))
+    measured = jax.device_get(
+        measurement(points.learner, points.behavior, points.tangent, points.jacobian, tables, doubled, slopes)
+    )
+    if not np.isfinite(measured["fresh_gradient"]).all() or not np.isfinite(measured["stale_gradient"]).all():
+        return [{"kind": "refused", **identity, "reason": "its gradient is not finite at some of the points"}, done]
     kinds = np.array([label["kind"] for label in points.labels])
     rows = []
     for index in np.flatnonzero(kinds == "point"):
@@ -252,21 +268,21 @@ def _curve(config, case, points: Points, measured, kinds) -> dict[str, Any]:
             step=guard_step(case.params),
         )
     except bias.FirstOrderError as error:
-        return row | {"first_order_coefficient": None, "saturation_drift": None, "kink": str(error)}
+        return row | {"first_order_coefficient": None, "saturation_drift": None, "no_law": str(error)}
     coefficient = float(np.linalg.norm(derivative))
     left = np.abs(norms - coefficient * drifts) > config["saturation"] * coefficient * drifts
     saturation = float(drifts[np.argmax(left)]) if left.any() else math.inf
-    return row | {"first_order_coefficient": coefficient, "saturation_drift": saturation, "kink": None}
+    return row | {"first_order_coefficient": coefficient, "saturation_drift": saturation, "no_law": None}
 
 
 def _tables(case: experiment.Case, entry: Entry, proximal_fraction: float) -> Callable:
-    """(learner, behavior, proximal, tangent) with a leading axis of points -> [N, 2, B, Y, C, L], [N, B, Y, C, L].
+    """(learner, behavior, proximal, tangent) with a leading axis of points -> [N, 2, B, Y, C, L], twice [N, B, Y, C, L].
 
-    The derivative of every row's loss in its own log-probs, ascent direction, with fresh and with stale denominators, and the
-    derivative of the fresh one along the drift: all that an audit needs of a loss.
+    The derivative of every row's loss in its own log-probs, ascent direction, with fresh and with stale denominators; the
+    stale one with all advantages doubled; the derivative of the fresh one along the drift: all that an audit needs of a loss.
     """
 
-    def table(learner, denominator):
+    def table(learner, denominator, scale=1.0):
         groups = _groups(
             case,
             learner,
@@ -276,6 +292,7 @@ def _tables(case: experiment.Case, entry: Entry, proximal_fraction: float) -> Ca
             behavior=denominator["behavior"],
             proximal=denominator["proximal"] if entry.proximal else None,
         )
+        groups = groups._replace(advantages=scale * groups.advantages)
         return closed_form.row_gradients(groups, entry.loss_fn, case.algorithm.aggregation_fn)
 
     def of_point(arguments):
@@ -285,13 +302,13 @@ def _tables(case: experiment.Case, entry: Entry, proximal_fraction: float) -> Ca
         both = jax.tree.map(lambda *x: jnp.stack(x), fresh, stale)
         direction = {"behavior": tangent, "proximal": proximal_fraction * tangent}
         slope = jax.jvp(functools.partial(table, learner), (fresh,), (direction,))[1]
-        return jax.lax.map(functools.partial(table, learner), both), slope
+        return jax.lax.map(functools.partial(table, learner), both), table(learner, stale, 2.0), slope
 
     return jit_once(lambda *points: jax.lax.map(of_point, points))
 
 
 def _measurement(case: experiment.Case) -> Callable:
-    """(learner, behavior, tangent, jacobian, tables, slopes) of all points -> everything measured there.
+    """(learner, behavior, tangent, jacobian, and the three of `_tables`) of all points -> everything measured there.
 
     It holds no loss, so that one compilation serves all entries.
     """
@@ -303,7 +320,7 @@ def _measurement(case: experiment.Case) -> Callable:
         return jnp.einsum("by,bc,bycl,byld->d", groups.own, groups.others, table, jacobian) / len(case.task.prompts)
 
     def of_point(arguments):
-        learner, behavior, tangent, jacobian, tables, slope = arguments
+        learner, behavior, tangent, jacobian, tables, doubled, slope = arguments
         draws = jnp.stack([learner, behavior])
 
         def of_subset(which):
@@ -315,7 +332,7 @@ def _measurement(case: experiment.Case) -> Callable:
         by_draws = jax.jvp(lambda x: gradient(weights(learner, x, x), tables[0], jacobian), (learner,), (tangent,))[1]
         return _numbers(gradients) | {
             "grad/variance": moments.gradient_moments(stale, jacobian, tables[1]).variance,
-            "zero_gradient_fraction": moments.zero_gradient_fraction(stale, tables[1]),
+            "cut_fraction": moments.cut_fraction(stale, tables[1], doubled),
             "derivative": by_draws + gradient(weights(learner, learner, learner), slope, jacobian),
         }
 

@@ -43,7 +43,7 @@ _COLUMNS = {
     "sampling": "sampling",
     "denominator": "denominator",
     "statistics": "statistics",
-    "zero_gradient": "no gradient",
+    "cut": "cut off",
     "relative_slope": "slope at 0",
     "saturation": "law left at",
     "relative_std": "std",
@@ -51,10 +51,10 @@ _COLUMNS = {
 _COLUMNS_OF_PANELS = 5
 LEGEND = (
     "relative bias: ‖H(θ,φ) − H(θ,θ)‖/‖H(θ,θ)‖, exact · cosine: between the stale and the fresh gradient · sampling, "
-    "denominator, statistics: share of the bias by the role in which the behavior policy is stale, 1 in sum · no gradient: "
-    "expected share of the tokens with an advantage whose gradient is 0 · slope at 0: relative bias per unit of drift to first "
-    "order, 'kink' where there is none · law left at: the first drift of the curve at which the bias is off the first-order "
-    "law · std: of the gradient of one sampled batch, relative to ‖H(θ,θ)‖, exact"
+    "denominator, statistics: share of the bias by the role in which the behavior policy is stale, 1 in sum · cut off: "
+    "expected share of the tokens with an advantage that it does not reach · slope at 0: relative bias per unit of drift to "
+    "first order, 'none' where there is no such law (reasons below) · law left at: the first drift of the curve at which the "
+    "bias is off that law by half · std: of the gradient of one sampled batch, relative to ‖H(θ,θ)‖, exact"
 )
 
 
@@ -80,12 +80,12 @@ def _line(row: Row, curve: Row) -> dict[str, Any]:
         "relative_bias": row["bias/relative_norm"],
         "cosine": row["bias/cosine"],
         **{role: row[f"share/{role}"] for role in ("sampling", "denominator", "statistics")},
-        "zero_gradient": row["zero_gradient_fraction"],
+        "cut": row["cut_fraction"],
         "relative_slope": None if slope is None else slope / fresh,
         "saturation": curve["saturation_drift"],
         "curve_end": curve["drift/from_behavior"][-1],
         "relative_std": math.sqrt(row["grad/variance"]) / fresh,
-        "kink": curve["kink"],
+        "no_law": curve["no_law"],
     }
 
 
@@ -115,19 +115,20 @@ def markdown_table(table: Sequence[Row], *, limit: int | None = None) -> str:
 def html_page(table: Sequence[Row], refusals: Sequence[Row], title: str) -> str:
     """The whole table as one page without outside resources."""
     body = tabulate([_cells(line) for line in table], list(_COLUMNS.values()), tablefmt="html", disable_numparse=True)
-    reasons = "".join(
-        f"<li><b>{html.escape(row['loss'])}</b> ({html.escape(row['correction'])}): {html.escape(_refusal(row))}</li>"
-        for row in refusals
+    below = "".join(
+        f"<h2>{html.escape(heading)}</h2><ul>"
+        + "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, note in notes)
+        + "</ul>"
+        for heading, notes in _notes(table, refusals)
     )
     style = (
         "body{font:14px system-ui,sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse}"
         "th{position:sticky;top:0;background:#fff}td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}"
         "td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
     )
-    kept = f"<h2>Refused by the closed form</h2><ul>{reasons}</ul>" if reasons else ""
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(LEGEND)}</p>{body}{kept}</html>\n"
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(LEGEND)}</p>{body}{below}</html>\n"
     )
 
 
@@ -136,16 +137,9 @@ def write_report(rows: Sequence[Row], result: Mapping[str, Any], folder: os.Path
     at = result["ranked_at"]
     title = f"Staleness bias of policy losses at S = {at['max_staleness']}, η = {at['learning_rate']:g}"
     table, refusals = result["table"], result["refused"]
-    below = [f"- `{row['loss']}` ({row['correction']}): {_refusal(row)}" for row in refusals]
-    text = [
-        f"# {title}",
-        "",
-        LEGEND,
-        "",
-        markdown_table(table),
-        "",
-        *(["Refused by the closed form:", "", *below, ""] if below else []),
-    ]
+    text = [f"# {title}", "", LEGEND, "", markdown_table(table), ""]
+    for heading, notes in _notes(table, refusals):
+        text += [f"{heading}:", "", *(f"- `{name}`: {note}" for name, note in notes), ""]
     write_text(os.path.join(folder, "audit.md"), "\n".join(text))
     write_text(os.path.join(folder, "audit.html"), html_page(table, refusals, title))
     if not table:
@@ -153,6 +147,14 @@ def write_report(rows: Sequence[Row], result: Mapping[str, Any], folder: os.Path
     bias_variance_figure(table, os.path.join(folder, "bias_variance.png"))
     curves_figure(rows, os.path.join(folder, "curves.png"))
     return ["audit.md", "audit.html", "bias_variance.png", "curves.png"]
+
+
+def _notes(table: Sequence[Row], refusals: Sequence[Row]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What stands below the table: (heading, [(entry, note)]), those without notes left out."""
+    lawless = [(f"{line['loss']}/{line['correction']}", line["no_law"]) for line in table if line["no_law"]]
+    refused_ones = [(f"{row['loss']}/{row['correction']}", _refusal(row)) for row in refusals]
+    headed = [("Without a first-order law", lawless), ("Not measured by the closed form", refused_ones)]
+    return [(heading, notes) for heading, notes in headed if notes]
 
 
 def _refusal(row: Row) -> str:
@@ -174,7 +176,7 @@ def _shown(key: str, line: Row) -> str:
     if isinstance(value, str):
         return value
     if value is None:
-        return "kink"
+        return "none"
     if key == "saturation":
         return f"> {line['curve_end']:.2g}" if math.isinf(value) else f"{value:.2g}"
     return f"{value:.4f}" if key in ("relative_bias", "cosine") else f"{value:.2f}"

@@ -25,7 +25,7 @@ from jax_async_grpo.closed_form import Groups
 from jax_async_grpo.exact import task_logprobs
 from jax_async_grpo.types import Params, Policy, Task
 
-__all__ = ["GradientMoments", "gradient_moments", "logprob_jacobian", "zero_gradient_fraction"]
+__all__ = ["GradientMoments", "gradient_moments", "logprob_jacobian", "cut_fraction"]
 
 
 class GradientMoments(NamedTuple):
@@ -69,12 +69,15 @@ def gradient_moments(groups: Groups, jacobian: jax.Array, gradients: jax.Array) 
     return GradientMoments(jnp.mean(mean, axis=0), jnp.maximum(variance, 0.0))
 
 
-def zero_gradient_fraction(groups: Groups, gradients: jax.Array) -> jax.Array:
-    """Expected share of the tokens with A ≠ 0 whose gradient is exactly 0: what a clip, a mask or a gate has cut off.
+def cut_fraction(groups: Groups, gradients: jax.Array, doubled: jax.Array) -> jax.Array:
+    """Expected share of the tokens with A ≠ 0 that the advantage does not reach: what a clip, a mask or a band has cut off.
+
+    Their gradient is the same whatever the size of the advantage: 0, or that of a penalty.
 
     Args:
       groups: as in `gradient_moments`.
       gradients: [B, Y, C, L], `closed_form.row_gradients`.
+      doubled: the same with every advantage doubled.
 
     Returns:
       Scalar in [0, 1]; for `losses.ppo_clip` this is the expected `pg_clipfrac` among tokens with an advantage.
@@ -82,7 +85,7 @@ def zero_gradient_fraction(groups: Groups, gradients: jax.Array) -> jax.Array:
     counted = groups.mask[:, :, None, :] & (groups.advantages != 0)[..., None]
     weights = groups.own[:, :, None, None] * groups.others[:, None, :, None] * counted
     total = jnp.sum(weights)
-    return jnp.sum(weights * (gradients == 0)) / jnp.where(total > 0, total, 1.0)
+    return jnp.sum(weights * (gradients == doubled)) / jnp.where(total > 0, total, 1.0)
 
 
 def _cross_moment(groups: Groups, rows: jax.Array) -> jax.Array:

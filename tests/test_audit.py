@@ -9,6 +9,7 @@ import math
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -72,7 +73,8 @@ def points_of(rows, entry):
 
 def test_every_loss_stands_alone_and_beside_every_correction(finished):
     config, _, _, rows = finished
-    assert {row["entry"] for row in rows} == {f"{name}/none" for name in KEPT} | {"ppo_clip/token_tis"}
+    both = {"ppo_clip/proximal", "ppo_clip/token_tis"}
+    assert {row["entry"] for row in rows} == {f"{name}/none" for name in KEPT} | both
     assert [entry.proximal for entry in audit.entries(config) if entry.name in ("ppo_clip/none", "ppo_clip/token_tis")] == [
         False,
         True,
@@ -99,7 +101,16 @@ def test_points_lie_on_runs_of_the_reference_loss(finished):
     np.testing.assert_allclose(points.behavior[index], behavior, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ppo_clip/none", "topr/none", "decoupled_ppo/none", "ppo_clip/token_tis"])
+def test_the_control_of_corrections_is_the_loss_with_their_denominator(finished):
+    _, _, _, rows = finished
+    # the largest ratio is far below the cap at the smallest lag, but the weight is still there
+    control, weighted, alone = (points_of(rows, f"ppo_clip/{name}")[-1] for name in ("proximal", "token_tis", "none"))
+    assert len({row["bias/norm"] for row in (control, weighted, alone)}) == 3
+
+
+@pytest.mark.parametrize(
+    "name", ["ppo_clip/none", "ppo_clip/proximal", "topr/none", "decoupled_ppo/none", "ppo_clip/token_tis"]
+)
 def test_numbers_are_those_of_the_oracle(finished, name):
     config, case, points, rows = finished
     entry = next(entry for entry in audit.entries(config) if entry.name == name)
@@ -134,7 +145,7 @@ def test_numbers_are_those_of_the_oracle(finished, name):
             np.testing.assert_allclose(row[f"bias/{key}"], value, rtol=1e-9)
         np.testing.assert_allclose(sum(row[f"share/{role}"] for role in bias.ROLES), 1, rtol=1e-9)
         np.testing.assert_allclose(row["drift/from_behavior"], points.drift[index])
-        assert 0 <= row["zero_gradient_fraction"] < 1 and row["grad/variance"] > 0
+        assert 0 <= row["cut_fraction"] < 1 and row["grad/variance"] > 0
 
 
 def test_small_drift_follows_the_first_order_law_and_kinks_are_named(finished):
@@ -144,9 +155,9 @@ def test_small_drift_follows_the_first_order_law_and_kinks_are_named(finished):
         curve = curves[name]
         slope = curve["bias/norm"][0] / curve["drift/from_behavior"][0]
         np.testing.assert_allclose(slope, curve["first_order_coefficient"], rtol=0.02)
-        assert curve["kink"] is None and curve["saturation_drift"] > 1e-3
+        assert curve["no_law"] is None and curve["saturation_drift"] > 1e-3
     assert curves["ppo_clip/none"]["saturation_drift"] <= 3.0
-    assert "kink" in curves["topr/none"]["kink"] and curves["topr/none"]["first_order_coefficient"] is None
+    assert "kink" in curves["topr/none"]["no_law"] and curves["topr/none"]["first_order_coefficient"] is None
 
 
 def test_what_couples_rows_is_refused_with_the_reason(finished):
@@ -165,7 +176,7 @@ def test_table_page_and_figures_come_from_the_records(finished, tmp_path):
     config, _, _, rows = finished
     result = audit_summary.summary(rows, config, {"jax": "x"})
     biases = [line["relative_bias"] for line in result["table"]]
-    assert biases == sorted(biases) and len(biases) == 5 and biases[0] > 0 and result["control_bias"] == 0
+    assert biases == sorted(biases) and len(biases) == 6 and biases[0] > 0 and result["control_bias"] == 0
     best = next(row for row in points_of(rows, f"{result['table'][0]['loss']}/{result['table'][0]['correction']}")[::-1])
     assert (best["max_staleness"], best["learning_rate"]) == (8, 0.08) and best["bias/relative_norm"] == biases[0]
     written = audit_summary.write_report(rows, result, tmp_path)
@@ -175,12 +186,41 @@ def test_table_page_and_figures_come_from_the_records(finished, tmp_path):
         assert all(word in text for word in ("decoupled_ppo", "kink", "couples rows", "S = 8"))
     assert audit_summary.markdown_table(result["table"], limit=2).count("\n") == 3
     # half-written: the last entry has no closing row yet
-    assert (
-        len(audit_summary.lines([row for row in rows if row["entry"] != "cispo/none" or row["kind"] != "entry"], config)) == 4
-    )
+    assert len(audit_summary.lines([r for r in rows if (r["entry"], r["kind"]) != ("cispo/none", "entry")], config)) == 5
     nothing = tmp_path / "nothing"
     nothing.mkdir()
     assert audit_summary.write_report([], audit_summary.summary([], config, {}), nothing) == ["audit.md", "audit.html"]
+
+
+def not_a_number(logprobs, old_logprobs, advantages, mask=None):
+    values = losses.importance_sampling(logprobs, old_logprobs, advantages, mask)
+    return values + 0 * jnp.sqrt(-jnp.square(values))
+
+
+def banded(logprobs, old_logprobs, advantages, mask=None):
+    return losses.ipo(logprobs, old_logprobs, advantages, mask, threshold=0.01, kl_coefficient=0.1)
+
+
+def hidden(logprobs, old_logprobs, advantages, mask=None):
+    return losses.importance_sampling(logprobs, jax.lax.stop_gradient(old_logprobs), advantages, mask)
+
+
+def test_own_losses_that_fail_are_told_apart(finished, tmp_path):
+    config = finished[0] | dict(losses={}, corrections={}, brute_force_group_size=0)
+    config["extra_losses"] = ",".join(f"{__name__}.{name}" for name in ("not_a_number", "banded", "hidden"))
+    workdir = records.open_workdir(tmp_path / "run", config)
+    audit.run_entries(config, workdir, lambda entry: None)
+    rows = records.read_jsonl(workdir.path / audit.RECORDS)
+    result = audit_summary.summary(rows, config, {})
+    assert [(row["loss"], row["reason"]) for row in result["refused"]] == [
+        ("not_a_number", "its gradient is not finite at some of the points")
+    ]
+    table = {line["loss"]: line for line in result["table"]}
+    # a band drops tokens whose penalty still has a gradient
+    assert table["banded"]["cut"] > 0.1 and table["banded"]["no_law"] is None
+    assert "stop_gradient" in table["hidden"]["no_law"] and table["hidden"]["cut"] == 0
+    audit_summary.write_report(rows, result, tmp_path)
+    assert all("detached_logprobs instead" in (tmp_path / name).read_text() for name in ("audit.md", "audit.html"))
 
 
 def run(*arguments):
@@ -201,7 +241,7 @@ def test_own_losses_join_by_their_dotted_names():
     lines = out.splitlines()
     num_corrections = len(audit_config.get_config().corrections)
     assert lines[0] == "my_loss/none" and lines[-1] == f"{len(lines) - 1} entries"
-    assert sum(line.startswith("my_loss/") for line in lines) == 1 + num_corrections
+    assert sum(line.startswith("my_loss/") for line in lines) == 2 + num_corrections
 
 
 @pytest.mark.parametrize(
@@ -218,6 +258,8 @@ def test_own_losses_join_by_their_dotted_names():
         (dict(saturation=0), "config.saturation"),
         (dict(extra_losses="no.such_loss"), "config.extra_losses is 'no.such_loss'"),
         (dict(extra_losses=3), "config.extra_losses is 3"),
+        (dict(extra_losses="jax_async_grpo.losses.ppo_clip"), "name ppo_clip more than once"),
+        (dict(corrections={"proximal": dict(fn="jax_async_grpo.corrections.veto", options={})}), "config.corrections.proximal"),
         (dict(losses={}), "nothing to audit"),
         (dict(losses={"a": dict(fn="jax_async_grpo.losses.dro", options={}, corrected=False, proximal=False)}), "a/none"),
         (dict(losses={"a": dict(fn="jax_async_grpo.losses.sapo")}), "config.losses.a.options is missing"),

@@ -298,3 +298,15 @@ def test_a_loss_that_couples_more_than_said_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             _chunked(loss_fn, case, (), coupling=coupling)
+
+
+@pytest.mark.parametrize("token", [-100, _VOCABULARY])
+def test_a_valid_token_outside_of_the_vocabulary_shows_and_one_under_the_mask_does_not(token):
+    case = _case(0)
+    index = np.argwhere(_MASK)[0]
+    dirty = np.where(_MASK, case["tokens"], token)
+    expected = head.token_logprobs(case["hidden"], case["unembed"], jnp.asarray(case["tokens"]), _MASK)
+    np.testing.assert_array_equal(head.token_logprobs(case["hidden"], case["unembed"], jnp.asarray(dirty), _MASK), expected)
+    dirty[tuple(index)] = token
+    spoiled = np.asarray(head.token_logprobs(case["hidden"], case["unembed"], jnp.asarray(dirty), _MASK))
+    assert np.isnan(spoiled[tuple(index)]) and np.isnan(spoiled).sum() == 1

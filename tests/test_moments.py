@@ -61,7 +61,7 @@ def enumerated(case, group_size=GROUP_SIZE):
 
 @functools.cache
 def computed(case, group_size=GROUP_SIZE):
-    """(mean, variance, zero fraction, mean by `exact`) of a case."""
+    """(mean, variance, cut fraction, mean by `exact`) of a case."""
     loss_fn, advantage_fn, aggregation_fn = CASES[case]
 
     @jax.jit
@@ -72,7 +72,8 @@ def computed(case, group_size=GROUP_SIZE):
         of_batch = moments.gradient_moments(groups, jacobian, gradients)
         algorithm = dict(loss_fn=loss_fn, advantage_fn=advantage_fn, aggregation_fn=aggregation_fn, group_size=group_size)
         expected = exact.surrogate_gradient(POLICY, LEARNER, BEHAVIOR, TASK, **algorithm)
-        return *of_batch, moments.zero_gradient_fraction(groups, gradients), ravel_pytree(expected)[0]
+        doubled = closed_form.row_gradients(groups._replace(advantages=2 * groups.advantages), loss_fn, aggregation_fn)
+        return *of_batch, moments.cut_fraction(groups, gradients, doubled), ravel_pytree(expected)[0]
 
     return tuple(map(np.asarray, compute()))
 
@@ -141,7 +142,7 @@ def test_variance_agrees_with_sampled_batches():
     assert abs(squares.mean() - naive) > 3 * error
 
 
-def test_share_of_tokens_without_gradient_is_the_clip_fraction_among_those_with_an_advantage():
+def test_share_of_tokens_cut_off_is_the_clip_fraction_among_those_with_an_advantage():
     loss_fn, advantage_fn, _ = CASES["clip"]
     *_, fraction, _ = computed("clip")
 

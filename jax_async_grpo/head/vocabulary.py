@@ -113,10 +113,11 @@ def over_blocks(step: Callable, carry, vocab_size: int, block_size: int):
 
 
 def target(hidden, unembed, tokens) -> tuple[jax.Array, jax.Array]:
-    """h·W[:, token] and W[:, token]."""
+    """h·W[:, token] and W[:, token]; NaN for a token that is none of the vocabulary, such as the −100 of other systems."""
     dtype = jnp.promote_types(operand_dtype(hidden, unembed), jnp.float32)
     columns = jnp.take(unembed, tokens, axis=1, mode="clip").T.astype(dtype)
-    return jnp.sum(hidden.astype(dtype) * columns, axis=-1), columns
+    known = (tokens >= 0) & (tokens < unembed.shape[1])
+    return jnp.where(known, jnp.sum(hidden.astype(dtype) * columns, axis=-1), jnp.nan), columns
 
 
 def add_columns(matrix, columns, start) -> jax.Array:
