@@ -9,8 +9,10 @@ the first-order law and its check), "refused", and "entry", written last, so tha
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from jax_async_grpo import bias, closed_form, corrections, exact, experiment, lo
 from jax_async_grpo.audit_points import Points, build_points, guard_step, reference_case
 from jax_async_grpo.compiling import jit_once, jit_repeated
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, first_line, resolve
-from jax_async_grpo.records import Workdir, read_jsonl
+from jax_async_grpo.records import Workdir
 
 __all__ = ["CONTROL", "RECORDS", "Entry", "entries", "finished_entries", "run_entries", "validate"]
 
@@ -158,10 +160,17 @@ def run_entries(config: Mapping[str, Any], workdir: Workdir, on_progress: Callab
     Raises:
       ValueError: a stale point without drift, or a control whose bias is not exactly 0.
     """
-    done = finished_entries(read_jsonl(workdir.path / RECORDS))
-    todo = [entry for entry in entries(config) if entry.name not in done]
+    done = {row["entry"]: row.get("function") for row in workdir.read_rows(RECORDS) if row["kind"] == "entry"}
+    todo = []
     for entry in entries(config):
-        if entry.name in done:
+        if entry.name not in done:
+            todo.append(entry)
+        elif done[entry.name] != _fingerprint(entry):
+            raise ValueError(
+                f"{workdir.path / RECORDS} holds {entry.name} of a function that has changed since; pass --overwrite or "
+                "another --workdir"
+            )
+        else:
             on_progress(entry)
     if not todo:
         return
@@ -175,7 +184,7 @@ def run_entries(config: Mapping[str, Any], workdir: Workdir, on_progress: Callab
 def _audit(config, case: experiment.Case, points: Points, measurement: Callable, entry: Entry) -> list[dict[str, Any]]:
     """All records of one entry."""
     identity = {"entry": entry.name, "loss": entry.loss, "correction": entry.correction}
-    done = {"kind": "entry", **identity}
+    done = {"kind": "entry", **identity, "function": _fingerprint(entry)}
     try:
         tables, doubled, slopes = _tables(case, entry, config["proximal_fraction"])(
             points.learner, points.behavior, points.proximal, points.tangent
@@ -188,6 +197,8 @@ def _audit(config, case: experiment.Case, points: Points, measurement: Callable,
     )
     if not np.isfinite(measured["fresh_gradient"]).all() or not np.isfinite(measured["stale_gradient"]).all():
         return [{"kind": "refused", **identity, "reason": "its gradient is not finite at some of the points"}, done]
+    if not measured["grad/fresh_norm"].all():
+        return [{"kind": "refused", **identity, "reason": "its fresh gradient is 0 at some of the points"}, done]
     kinds = np.array([label["kind"] for label in points.labels])
     rows = []
     for index in np.flatnonzero(kinds == "point"):
@@ -270,7 +281,7 @@ def _curve(config, case, points: Points, measured, kinds) -> dict[str, Any]:
     except bias.FirstOrderError as error:
         return row | {"first_order_coefficient": None, "saturation_drift": None, "no_law": str(error)}
     coefficient = float(np.linalg.norm(derivative))
-    left = np.abs(norms - coefficient * drifts) > config["saturation"] * coefficient * drifts
+    left = ~(np.abs(norms - coefficient * drifts) <= config["saturation"] * coefficient * drifts)  # NaN has left it
     saturation = float(drifts[np.argmax(left)]) if left.any() else math.inf
     return row | {"first_order_coefficient": coefficient, "saturation_drift": saturation, "no_law": None}
 
@@ -385,16 +396,33 @@ def _function(part, field: str) -> Callable:
 
 def _try(entry: Entry) -> None:
     """The entry on two rows of three tokens, by shape alone: bad options show here."""
-    token = jax.ShapeDtypeStruct((2, 3), jnp.float32)
-    wanted = [
-        name for name in closed_form.named_parameters(entry.loss_fn) if name in ("behavior_logprobs", "detached_logprobs")
-    ]
     try:
-        jax.eval_shape(
-            entry.loss_fn, token, token, jax.ShapeDtypeStruct((2,), jnp.float32), None, **dict.fromkeys(wanted, token)
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{entry.name} of the config refuses its options: {first_line(error)}") from None
+        shape = jax.eval_shape(*_trial(entry)).shape
+    except Exception as error:  # a user's function: anything can go wrong in it
+        raise ValueError(
+            f"{entry.name} cannot be called as (logprobs, old_logprobs, advantages, mask) with its options: "
+            f"{type(error).__name__}: {first_line(error)}"
+        ) from None
+    if shape != (2, 3):
+        raise ValueError(f"{entry.name} returns shape {shape} for log-probs of shape (2, 3); a loss is per token")
+
+
+def _fingerprint(entry: Entry) -> str:
+    """Changes with what the entry computes: the hash of its trace, places in memory left out."""
+    trace = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(_trial(entry)[0])(*_trial(entry)[1:])))
+    return hashlib.sha256(trace.encode()).hexdigest()[:16]
+
+
+def _trial(entry: Entry) -> tuple[Any, ...]:
+    """A function of arrays and their shapes."""
+    token, row = jax.ShapeDtypeStruct((2, 3), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.float32)
+    asked = closed_form.named_parameters(entry.loss_fn)
+    names = [name for name in ("behavior_logprobs", "detached_logprobs") if name in asked]
+
+    def call(logprobs, old_logprobs, advantages, mask, *others):
+        return entry.loss_fn(logprobs, old_logprobs, advantages, mask, **dict(zip(names, others, strict=True)))
+
+    return call, token, token, row, jax.ShapeDtypeStruct((2, 3), bool), *[token] * len(names)
 
 
 def _check_grid(config) -> None:
@@ -402,6 +430,9 @@ def _check_grid(config) -> None:
         raise ValueError(
             f"config.rank_at is {tuple(config['rank_at'])}; it must be one (S, eta) of max_staleness x learning_rates"
         )
+    for key in ("max_staleness", "learning_rates", "drifts"):
+        if len(set(config[key])) < len(config[key]):
+            raise ValueError(f"config.{key} is {tuple(config[key])}; a value stands there twice")
     if config["rank_at"][0] == 0:
         raise ValueError("config.rank_at has S = 0, where every bias is 0; take a larger S")
     if config["time"] / max(config["learning_rates"]) < max(*config["max_staleness"], 1):

@@ -185,7 +185,19 @@ class Workdir:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl so far."""
-        return read_jsonl(self.path / "metrics.jsonl")
+        return self.read_rows("metrics.jsonl")
+
+    def read_rows(self, name: str) -> list[dict[str, Any]]:
+        """The rows of a JSONL file of the folder so far; ValueError on a line that is no record."""
+        try:
+            rows = read_jsonl(self.path / name)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete the line, or pass --overwrite or another --workdir") from None
+        for number, row in enumerate(rows, start=1):
+            if not isinstance(row, dict) or "kind" not in row:
+                advice = "delete it, or pass --overwrite or another --workdir"
+                raise ValueError(f"{self.path / name}: line {number} is no record of a job; {advice}")
+        return rows
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json."""
@@ -204,7 +216,7 @@ def open_workdir(
       path: the folder; parents are created.
       config: what `to_plain` accepts; compared as JSON, so tuples equal lists.
       overwrite: start afresh in a folder that holds a run, of this or another config.
-      figures: names of the pictures the job writes there, e.g. ("bias.png",).
+      figures: names of what else the job writes there, e.g. ("bias.png",); an `.jsonl` among them holds records.
 
     Returns:
       A `Workdir`.
@@ -218,7 +230,7 @@ def open_workdir(
         if path.exists() and not path.is_dir():
             raise ValueError(f"workdir={path} is a file; give a folder")
         path.mkdir(parents=True, exist_ok=True)
-        resumed = not overwrite and _holds_same_run(path, json.loads(text))
+        resumed = not overwrite and _holds_same_run(path, json.loads(text), figures)
         if overwrite:
             for name in ("metrics.jsonl", "summary.json", *figures):
                 (path / name).unlink(missing_ok=True)
@@ -298,12 +310,14 @@ def _write_all(descriptor: int, data: bytes) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _holds_same_run(path: Path, config: dict[str, Any]) -> bool:
+def _holds_same_run(path: Path, config: dict[str, Any], files: Sequence[str]) -> bool:
     """True if the folder holds this config, False if it holds no run; another run raises."""
     advice = "pass --overwrite or another --workdir"
     if not (path / "config.json").exists():
-        if (path / "metrics.jsonl").exists():
-            raise ValueError(f"workdir={path} holds a metrics.jsonl without config.json; {advice}")
+        records = ["metrics.jsonl", *(name for name in files if name.endswith(".jsonl"))]
+        orphan = next((name for name in records if (path / name).exists()), None)
+        if orphan is not None:
+            raise ValueError(f"workdir={path} holds a {orphan} without config.json; {advice}")
         return False
     try:
         existing = json.loads((path / "config.json").read_text(encoding="utf-8"))

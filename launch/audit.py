@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def _report(config: dict, workdir: records.Workdir) -> None:
-    rows = records.read_jsonl(workdir.path / audit.RECORDS)
+    rows = workdir.read_rows(audit.RECORDS)
     result = audit_summary.summary(rows, config, records.versions())
     workdir.write_summary(result)
     for name in audit_summary.write_report(rows, result, workdir.path):

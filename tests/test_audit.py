@@ -201,19 +201,32 @@ def banded(logprobs, old_logprobs, advantages, mask=None):
     return losses.ipo(logprobs, old_logprobs, advantages, mask, threshold=0.01, kl_coefficient=0.1)
 
 
+def nothing(logprobs, old_logprobs, advantages, mask=None):
+    return 0 * losses.importance_sampling(logprobs, old_logprobs, advantages, mask)
+
+
+def raises(logprobs, old_logprobs, advantages, mask=None):
+    raise KeyError("weights")
+
+
+def scalar(logprobs, old_logprobs, advantages, mask=None):
+    return losses.importance_sampling(logprobs, old_logprobs, advantages, mask).sum()
+
+
 def hidden(logprobs, old_logprobs, advantages, mask=None):
     return losses.importance_sampling(logprobs, jax.lax.stop_gradient(old_logprobs), advantages, mask)
 
 
 def test_own_losses_that_fail_are_told_apart(finished, tmp_path):
     config = finished[0] | dict(losses={}, corrections={}, brute_force_group_size=0)
-    config["extra_losses"] = ",".join(f"{__name__}.{name}" for name in ("not_a_number", "banded", "hidden"))
+    config["extra_losses"] = ",".join(f"{__name__}.{name}" for name in ("not_a_number", "nothing", "banded", "hidden"))
     workdir = records.open_workdir(tmp_path / "run", config)
     audit.run_entries(config, workdir, lambda entry: None)
     rows = records.read_jsonl(workdir.path / audit.RECORDS)
     result = audit_summary.summary(rows, config, {})
     assert [(row["loss"], row["reason"]) for row in result["refused"]] == [
-        ("not_a_number", "its gradient is not finite at some of the points")
+        ("not_a_number", "its gradient is not finite at some of the points"),
+        ("nothing", "its fresh gradient is 0 at some of the points"),
     ]
     table = {line["loss"]: line for line in result["table"]}
     # a band drops tokens whose penalty still has a gradient
@@ -221,6 +234,25 @@ def test_own_losses_that_fail_are_told_apart(finished, tmp_path):
     assert "stop_gradient" in table["hidden"]["no_law"] and table["hidden"]["cut"] == 0
     audit_summary.write_report(rows, result, tmp_path)
     assert all("detached_logprobs instead" in (tmp_path / name).read_text() for name in ("audit.md", "audit.html"))
+
+
+def test_a_changed_function_and_damaged_records_are_not_taken_for_the_old_ones(tmp_path, monkeypatch):
+    config = tiny_config() | dict(losses={}, corrections={}, extra_losses=f"{__name__}.my_loss")
+    workdir = records.open_workdir(tmp_path / "run", config, figures=(audit.RECORDS,))
+    audit.run_entries(config, workdir, lambda entry: None)
+    seen = []
+    audit.run_entries(config, workdir, lambda entry: seen.append(entry.name))
+    assert seen == ["my_loss/none"]
+    monkeypatch.setattr(sys.modules[__name__], "my_loss", losses.importance_sampling)
+    with pytest.raises(ValueError, match="my_loss/none of a function that has changed since; pass --overwrite"):
+        audit.run_entries(config, workdir, seen.append)
+    (workdir.path / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds a audit.jsonl without config.json"):
+        records.open_workdir(workdir.path, config | {"seed": 5}, figures=(audit.RECORDS,))
+    for line, message in (("{}", "line 1 is no record"), ("[1]", "line 1 is no record"), ("%%", "not JSON.*delete the line")):
+        (workdir.path / audit.RECORDS).write_text(line + "\n")
+        with pytest.raises(ValueError, match=message):
+            audit.run_entries(config, workdir, seen.append)
 
 
 def run(*arguments):
@@ -258,6 +290,9 @@ def test_own_losses_join_by_their_dotted_names():
         (dict(saturation=0), "config.saturation"),
         (dict(extra_losses="no.such_loss"), "config.extra_losses is 'no.such_loss'"),
         (dict(extra_losses=3), "config.extra_losses is 3"),
+        (dict(extra_losses=f"{__name__}.raises"), "raises/none cannot be called"),
+        (dict(extra_losses=f"{__name__}.scalar"), "scalar/none returns shape ()"),
+        (dict(learning_rates=(0.08, 0.08)), "a value stands there twice"),
         (dict(extra_losses="jax_async_grpo.losses.ppo_clip"), "name ppo_clip more than once"),
         (dict(corrections={"proximal": dict(fn="jax_async_grpo.corrections.veto", options={})}), "config.corrections.proximal"),
         (dict(losses={}), "nothing to audit"),

@@ -204,12 +204,12 @@ def test_the_same_config_resumes_and_keeps_the_metrics(tmp_path):
     assert (workdir.path, workdir.resumed) == (path, False)
     assert records.read_json(path / "config.json") == {**CONFIG, "staleness": [1, 2]}
     assert workdir.read_metrics() == []
-    workdir.append_metrics([{"step": 0}])
+    workdir.append_metrics([{"kind": "a", "step": 0}])
     workdir.write_summary({"fits": []})
     again = records.open_workdir(str(path), CONFIG)
     assert again.resumed
-    again.append_metrics([{"step": 1}])
-    assert again.read_metrics() == [{"step": 0}, {"step": 1}]
+    again.append_metrics([{"kind": "a", "step": 1}])
+    assert again.read_metrics() == [{"kind": "a", "step": 0}, {"kind": "a", "step": 1}]
     assert names(path) == ["config.json", "metrics.jsonl", "summary.json"]
 
 

@@ -53,8 +53,9 @@ def same_axes(tree):
 
 
 def zero_like(array: jax.Array, dtype) -> jax.Array:
-    """Scalar 0 that varies over the mesh axes of `array`; the compiler folds it."""
-    return jnp.where(False, array[(0,) * array.ndim].astype(dtype), jnp.zeros((), dtype))
+    """Scalar 0 that varies over the mesh axes of `array` inside `shard_map`; the compiler folds it."""
+    zeros = jnp.where(False, array, jnp.zeros((), array.dtype))
+    return jnp.sum(zeros.astype(dtype), dtype=dtype)
 
 
 def cutting(number: int, size: int) -> tuple[Callable, Callable]:

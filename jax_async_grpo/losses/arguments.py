@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_async_grpo.masked import as_mask
 
 __all__ = [
     "PolicyInputs",
+    "check_number",
     "check_positive",
     "check_tokens",
     "detached",
@@ -107,9 +109,18 @@ def shape_of(name: str, values) -> tuple[int, ...]:
     return jnp.shape(values)
 
 
+def check_number(name: str, value) -> None:
+    """Raises ValueError unless an option is a Python number: bounds are checked, so they cannot be traced."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} is traced; options are Python numbers (close over them or mark them static)")
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise ValueError(f"{name} is {value!r}; it must be a number")
+
+
 def check_positive(**options: float) -> None:
     """Raises ValueError on the first option that is not a positive finite number."""
     for name, value in options.items():
+        check_number(name, value)
         if not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; it must be > 0 and finite")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jax_async_grpo.losses.arguments import check_positive, policy_inputs, token_inputs, valid_only
+from jax_async_grpo.losses.arguments import check_number, check_positive, policy_inputs, token_inputs, valid_only
 
 __all__ = [
     "check_clip",
@@ -176,6 +176,8 @@ def clipped_tokens(
 
 def check_clip(epsilon_low: float, epsilon_high: float, dual_clip: float | None = None) -> None:
     """Raises ValueError on a bound of `ppo_clip` outside its range; ε = 0 would put a kink on r = 1."""
+    check_number("epsilon_low", epsilon_low)
+    check_number("epsilon_high", epsilon_high)
     if not 0 < epsilon_low <= 1:
         raise ValueError(f"epsilon_low is {epsilon_low}; it must be in (0, 1]")
     if not epsilon_high > 0:
