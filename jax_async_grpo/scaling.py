@@ -15,12 +15,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from jax_async_grpo.delay_stability import DelayStability, delay_stability, delay_stability_matrix_free
+
 __all__ = [
+    "DelayStability",
     "ExponentDifference",
     "PowerLawFit",
     "StabilityLimit",
     "batch_clip_radius",
     "bootstrap_difference",
+    "delay_stability",
+    "delay_stability_matrix_free",
     "fit_power_law",
     "in_window",
     "max_stable_learning_rate",
