@@ -2,7 +2,7 @@
 
     python -m launch.audit --config=configs/audit.py --workdir=runs/audit
 
-takes about five minutes on two cores, nearly all of it compilation, and writes audit.jsonl, audit.md, audit.html and two
+takes about four minutes on two cores, nearly all of it compilation, and writes audit.jsonl, audit.md, audit.html and two
 figures. Your own loss joins with --config.extra_losses=my_package.my_loss (several: separated by commas). Every default stands
 here; the points, the rule of the ranking and the thresholds are fixed before the run.
 

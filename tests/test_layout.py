@@ -32,6 +32,7 @@ FLOORS = {
         "corrections",
         "staleness",
         "scaling",
+        "delay_stability",
         "control",
     },
     "measurement": {
