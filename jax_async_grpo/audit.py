@@ -409,7 +409,8 @@ def _try(entry: Entry) -> None:
 
 def _fingerprint(entry: Entry) -> str:
     """Changes with what the entry computes: the hash of its trace, places in memory left out."""
-    trace = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(_trial(entry)[0])(*_trial(entry)[1:])))
+    call, *shapes = _trial(entry)
+    trace = re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(call)(*shapes)))
     return hashlib.sha256(trace.encode()).hexdigest()[:16]
 
 

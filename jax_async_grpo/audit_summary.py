@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
+from jax_async_grpo.audit import finished_entries
 from jax_async_grpo.records import atomic_path, write_text
 
 __all__ = [
@@ -60,7 +61,7 @@ LEGEND = (
 
 def lines(rows: Sequence[Row], config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The table as dicts by ascending relative bias; entries without complete records are left out."""
-    done = {row["entry"] for row in rows if row["kind"] == "entry"}
+    done = finished_entries(rows)
     curves = {row["entry"]: row for row in rows if row["kind"] == "curve"}
     staleness, rate = config["rank_at"]
     at = [

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable
 
 import numpy as np
 from scipy.optimize import brentq, linear_sum_assignment, minimize_scalar
 from scipy.sparse import linalg as sparse
+
+from jax_async_grpo.option_checks import as_integer
 
 __all__ = ["DelayStability", "companion_matrix", "cycle_matrix", "delay_stability", "delay_stability_matrix_free"]
 
@@ -126,11 +127,11 @@ def delay_stability(
       ArithmeticError: the companion matrix contradicts the sweep even at its finest.
     """
     learner, behavior = _jacobians(learner_jacobian, behavior_jacobian)
-    staleness = _integer("staleness", staleness, minimum=0)
+    staleness = as_integer("staleness", staleness, minimum=0)
     _check_schedule(schedule)
-    num_steps = _integer("num_steps", num_steps, minimum=100)
-    num_chains = _integer("num_chains", num_chains, minimum=2)
-    seed = _integer("seed", seed, minimum=0)
+    num_steps = as_integer("num_steps", num_steps, minimum=100)
+    num_chains = as_integer("num_chains", num_chains, minimum=2)
+    seed = as_integer("seed", seed, minimum=0)
     if not 0 < gauge_tolerance < 1:
         raise ValueError(f"gauge_tolerance={gauge_tolerance!r} must lie in (0, 1)")
     dimension = len(learner)
@@ -164,7 +165,7 @@ def delay_stability(
 def companion_matrix(learner_jacobian, behavior_jacobian, staleness: int, learning_rate: float) -> np.ndarray:
     """[n(S+1), n(S+1)] map of (x_t, ..., x_{t−S}) to (x_{t+1}, ..., x_{t−S+1}) for a fixed lag S; stable iff its radius < 1."""
     learner, behavior = _jacobians(learner_jacobian, behavior_jacobian)
-    staleness = _integer("staleness", staleness, minimum=0)
+    staleness = as_integer("staleness", staleness, minimum=0)
     n = len(learner)
     matrix = np.eye(n * (staleness + 1), k=-n)
     matrix[:n, :n] = np.eye(n) + learning_rate * learner
@@ -178,7 +179,7 @@ def cycle_matrix(learner_jacobian, behavior_jacobian, sync_interval: int, learni
     `learning_rate` [...] gives [..., n, n].
     """
     learner, behavior = _jacobians(learner_jacobian, behavior_jacobian)
-    k = _integer("sync_interval", sync_interval, minimum=1)
+    k = as_integer("sync_interval", sync_interval, minimum=1)
     n, rates = len(learner), np.asarray(learning_rate, np.float64)[..., None, None]
     # (x, φ) -> ((I+ηA)x + ηBφ, φ), k times, from x = φ
     joint = np.zeros((*rates.shape[:-2], 2 * n, 2 * n))
@@ -227,12 +228,12 @@ def delay_stability_matrix_free(
         matrix product is only available with matrices; every eigenvalue found of A + B is a gauge mode.
       scipy.sparse.linalg.ArpackNoConvergence: the eigen-solver gave up; raise `tolerance` or `num_eigenvalues`.
     """
-    dimension = _integer("dimension", dimension, minimum=1)
-    staleness = _integer("staleness", staleness, minimum=0)
+    dimension = as_integer("dimension", dimension, minimum=1)
+    staleness = as_integer("staleness", staleness, minimum=0)
     _check_schedule(schedule)
-    num_eigenvalues = _integer("num_eigenvalues", num_eigenvalues, minimum=1)
-    points_per_turn = _integer("points_per_turn", points_per_turn, minimum=8)
-    seed = _integer("seed", seed, minimum=0)
+    num_eigenvalues = as_integer("num_eigenvalues", num_eigenvalues, minimum=1)
+    points_per_turn = as_integer("points_per_turn", points_per_turn, minimum=8)
+    seed = as_integer("seed", seed, minimum=0)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance!r} must lie in (0, 1)")
     if schedule == "random":
@@ -604,13 +605,3 @@ def _checked_product(name: str, product):
 def _check_schedule(schedule) -> None:
     if schedule not in _SCHEDULES:
         raise ValueError(f"schedule={schedule!r} must be one of {', '.join(_SCHEDULES)}")
-
-
-def _integer(name: str, value, *, minimum: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")
-    return number

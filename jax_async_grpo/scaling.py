@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 from scipy import stats
 
 from jax_async_grpo.delay_stability import DelayStability, delay_stability, delay_stability_matrix_free
+from jax_async_grpo.option_checks import as_integer
 
 __all__ = [
     "DelayStability",
@@ -142,8 +142,8 @@ def fit_power_law(
       ValueError: shapes differ; a value inside the window is not finite and > 0; fewer than k + 2 points or 2 groups are left;
         a column of x is constant or both are collinear; `window_variable` is y itself.
     """
-    num_bootstrap = _integer("num_bootstrap", num_bootstrap, minimum=100)
-    seed = _integer("seed", seed, minimum=0)
+    num_bootstrap = as_integer("num_bootstrap", num_bootstrap, minimum=100)
+    seed = as_integer("seed", seed, minimum=0)
     confidence = _fraction("confidence", confidence)
     x, y, labels = _selected_points(x, y, window, window_variable, groups)
     log_x, log_y = np.log(x), np.log(y)
@@ -267,7 +267,7 @@ def batch_clip_radius(
     level = _fraction("level", level, closed=True)
     max_radius = _positive("max_radius", max_radius)
     min_radius = 1e-6 * max_radius if min_radius is None else _positive("min_radius", min_radius)
-    num_scan = _integer("num_scan", num_scan, minimum=8)
+    num_scan = as_integer("num_scan", num_scan, minimum=8)
     relative_tolerance = _fraction("relative_tolerance", relative_tolerance)
     if min_radius >= max_radius:
         raise ValueError(f"min_radius={min_radius:g} must be smaller than max_radius={max_radius:g}")
@@ -352,8 +352,8 @@ def max_stable_learning_rate(
     Raises:
       ValueError: S < 0, T < 1, a radius or norm that is zero, negative or NaN, an infinite norm, or a drift at S = 0.
     """
-    max_staleness = _integer("max_staleness", max_staleness, minimum=0)
-    horizon = _integer("horizon", horizon, minimum=1)
+    max_staleness = as_integer("max_staleness", max_staleness, minimum=0)
+    horizon = as_integer("horizon", horizon, minimum=1)
     update_norm = _positive("update_norm", update_norm)
     if batch_clip_radius is not None:
         batch_clip_radius = _positive("batch_clip_radius", batch_clip_radius, infinite=True)
@@ -541,16 +541,6 @@ def _window_edges(window) -> tuple[float, float]:
     if not 0 <= low < high:
         raise ValueError(f"window={window!r} must satisfy 0 <= low < high")
     return low, high
-
-
-def _integer(name: str, value, *, minimum: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool) or number < minimum:
-        raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")
-    return number
 
 
 def _positive(name: str, value, *, infinite: bool = False) -> float:

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import sys
 
-import jax
 from absl import flags
-from tqdm import tqdm
 
 from jax_async_grpo import audit, audit_summary, records
 from launch import command_line
@@ -19,12 +17,7 @@ _WRITTEN = ("audit.jsonl", "audit.md", "audit.html", "bias_variance.png", "curve
 
 
 def main() -> int:
-    # The bias is measured in float64, which accelerators lack or emulate slowly.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_x64", True)
-    if not command_line.CONFIG.present or not (command_line.WORKDIR.value or command_line.DRY_RUN.value):
-        raise ValueError("give --config=configs/audit.py and --workdir=DIR (or --dry_run)")
-    config = command_line.read_config(command_line.CONFIG)
+    config = command_line.config_of_theory_job("configs/audit.py")
     audit.validate(config)
     entries = audit.entries(config)
     if command_line.DRY_RUN.value:
@@ -32,17 +25,9 @@ def main() -> int:
         return 0
     workdir = records.open_workdir(command_line.WORKDIR.value, config, overwrite=command_line.OVERWRITE.value, figures=_WRITTEN)
     interrupted = False
-    with tqdm(total=len(entries), unit="loss", disable=not sys.stderr.isatty()) as bar:
-
-        def on_progress(entry: audit.Entry) -> None:
-            bar.set_description(entry.name)
-            bar.update()
-            if bar.disable:
-                print(entry.name, flush=True)
-            command_line.check_interrupt()
-
+    with command_line.progress(len(entries), "loss") as report:
         try:
-            audit.run_entries(config, workdir, on_progress)
+            audit.run_entries(config, workdir, lambda entry: report(entry.name, entry.name))
         except KeyboardInterrupt:
             interrupted = True
     _report(config, workdir)

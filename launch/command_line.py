@@ -10,13 +10,25 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
-__all__ = ["CONFIG", "DRY_RUN", "OVERWRITE", "WORKDIR", "check_interrupt", "read_config", "run"]
+__all__ = [
+    "CONFIG",
+    "DRY_RUN",
+    "OVERWRITE",
+    "WORKDIR",
+    "check_interrupt",
+    "config_of_theory_job",
+    "progress",
+    "read_config",
+    "run",
+]
 
 # The flags of every job, defined once. Keys the config lacks pass here, so that the job's own check can name them and say which
 # there are.
@@ -95,6 +107,34 @@ def check_interrupt() -> None:
     if _interrupted.is_set():
         _interrupted.clear()
         raise KeyboardInterrupt
+
+
+def config_of_theory_job(example: str) -> dict[str, Any]:
+    """The config of a job in float64 on the CPU, which it sets up: accelerators lack float64 or emulate it slowly.
+
+    Raises:
+      ValueError: --config is missing, or --workdir without --dry_run, naming `example`; what `read_config` raises.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", True)
+    if not CONFIG.present or not (WORKDIR.value or DRY_RUN.value):
+        raise ValueError(f"give --config={example} and --workdir=DIR (or --dry_run)")
+    return read_config(CONFIG)
+
+
+@contextlib.contextmanager
+def progress(total: int, unit: str) -> Iterator[Callable[[str, str], None]]:
+    """A bar on a terminal, plain lines elsewhere: yields `report(name, line)`, to be called after each of `total` pieces."""
+    with tqdm(total=total, unit=unit, disable=not sys.stderr.isatty()) as bar:
+
+        def report(name: str, line: str) -> None:
+            bar.set_description(name)
+            bar.update()
+            if bar.disable:
+                print(line, flush=True)
+            check_interrupt()
+
+        yield report
 
 
 def read_config(flag: flags.FlagHolder) -> dict[str, Any]:

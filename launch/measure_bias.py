@@ -8,9 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 
-import jax
 from absl import flags
-from tqdm import tqdm
 
 from jax_async_grpo import bias_run, bias_summary, experiment, invariants, records, report
 from launch import command_line
@@ -19,12 +17,7 @@ flags.adopt_module_key_flags(command_line)  # --help shows them
 
 
 def main() -> int:
-    # The laws are measured in float64, which accelerators lack or emulate slowly.
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_x64", True)
-    if not command_line.CONFIG.present or not (command_line.WORKDIR.value or command_line.DRY_RUN.value):
-        raise ValueError("give --config=configs/measure_bias.py and --workdir=DIR (or --dry_run)")
-    config = command_line.read_config(command_line.CONFIG)
+    config = command_line.config_of_theory_job("configs/measure_bias.py")
     experiment.validate(config)
     experiment.check_algorithm(config)
     cases = [experiment.build_case(config, name, start=False) for name in config["cases"]]
@@ -37,14 +30,10 @@ def main() -> int:
         command_line.WORKDIR.value, config, overwrite=command_line.OVERWRITE.value, figures=("bias.png",)
     )
     code, stopped = 0, ""
-    with tqdm(total=len(experiment.chunks(config)), unit="chunk", disable=not sys.stderr.isatty()) as bar:
+    with command_line.progress(len(experiment.chunks(config)), "chunk") as tell:
 
         def on_progress(chunk: experiment.Chunk, seconds: float) -> None:
-            bar.set_description(chunk.name)
-            bar.update()
-            if bar.disable:
-                print(f"{chunk.name}: {f'{seconds:.1f} s' if seconds else 'recorded before'}", flush=True)
-            command_line.check_interrupt()
+            tell(chunk.name, f"{chunk.name}: {f'{seconds:.1f} s' if seconds else 'recorded before'}")
 
         try:
             bias_run.run_chunks(config, workdir, on_progress)

@@ -33,6 +33,7 @@ FLOORS = {
         "staleness",
         "scaling",
         "delay_stability",
+        "option_checks",
         "control",
     },
     "measurement": {

@@ -12,6 +12,7 @@ from jax_async_grpo.losses.arguments import check_number, check_positive, policy
 
 __all__ = [
     "check_clip",
+    "clipped_surrogate",
     "clipped_tokens",
     "decoupled_ppo",
     "dro",
@@ -56,8 +57,15 @@ def ppo_clip(
     logprobs, old_logprobs, advantages, valid = policy_inputs(logprobs, old_logprobs, advantages, mask)
     ratio = jnp.exp(logprobs - old_logprobs)
     capped = ratio if dual_clip is None else jnp.minimum(ratio, dual_clip)
-    clipped = jnp.clip(ratio, 1 - epsilon_low, 1 + epsilon_high)
-    return valid_only(-jnp.minimum(capped * advantages, clipped * advantages), valid)
+    return valid_only(clipped_surrogate(ratio, advantages, 1 - epsilon_low, 1 + epsilon_high, capped), valid)
+
+
+def clipped_surrogate(
+    ratio: jax.Array, advantages: jax.Array, low: jax.Array | float, high: jax.Array | float, capped: jax.Array | None = None
+) -> jax.Array:
+    """−min(r·A, clip(r, low, high)·A) of any ratio, with `capped` for r in the first branch: the part all clips share."""
+    unclipped = ratio if capped is None else capped
+    return -jnp.minimum(unclipped * advantages, jnp.clip(ratio, low, high) * advantages)
 
 
 def importance_sampling(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_async_grpo.losses.arguments import check_positive, detached, policy_inputs, valid_only
+from jax_async_grpo.losses.ratio import clipped_surrogate
 
 __all__ = ["M2Bounds", "m2_bounds", "m2po"]
 
@@ -68,7 +69,7 @@ def m2po(
     low = 1 - jnp.maximum(bounds.epsilon_low, min_epsilon_low)
     high = 1 + jnp.maximum(bounds.epsilon_high, min_epsilon_high)
     ratio = jnp.exp(logprobs - old_logprobs)
-    return valid_only(-jnp.minimum(ratio * advantages, jnp.clip(ratio, low, high) * advantages), valid)
+    return valid_only(clipped_surrogate(ratio, advantages, low, high), valid)
 
 
 def m2_bounds(

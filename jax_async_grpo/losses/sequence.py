@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_async_grpo.losses.arguments import check_positive, detached, policy_inputs, valid_only
-from jax_async_grpo.losses.ratio import check_clip
+from jax_async_grpo.losses.ratio import check_clip, clipped_surrogate
 
 __all__ = ["gmpo", "gspo", "gspo_token", "luspo"]
 
@@ -39,8 +39,7 @@ def gspo(
     check_clip(epsilon_low, epsilon_high)
     logprobs, old_logprobs, advantages, valid = policy_inputs(logprobs, old_logprobs, advantages, mask)
     ratio = jnp.exp(_row_mean(logprobs - old_logprobs, valid))
-    clipped = jnp.clip(ratio, 1 - epsilon_low, 1 + epsilon_high)
-    return valid_only(-jnp.minimum(ratio * advantages, clipped * advantages), valid)
+    return valid_only(clipped_surrogate(ratio, advantages, 1 - epsilon_low, 1 + epsilon_high), valid)
 
 
 def gspo_token(
@@ -65,8 +64,7 @@ def gspo_token(
     logprobs, old_logprobs, advantages, valid = policy_inputs(logprobs, old_logprobs, advantages, mask)
     fixed = detached(detached_logprobs, logprobs, valid)
     ratio = jnp.exp(logprobs - fixed + _row_mean(fixed - old_logprobs, valid))
-    clipped = jnp.clip(ratio, 1 - epsilon_low, 1 + epsilon_high)
-    return valid_only(-jnp.minimum(ratio * advantages, clipped * advantages), valid)
+    return valid_only(clipped_surrogate(ratio, advantages, 1 - epsilon_low, 1 + epsilon_high), valid)
 
 
 def luspo(
