@@ -297,7 +297,7 @@ def _draw_curves(ax, curves: Sequence[Row], names: Sequence[str]) -> None:
             y,
             color=_color(row["correction"], names),
             linewidth=1.6 if alone else 0.9,
-            label=row["correction"],
+            label="alone" if alone else row["correction"],
             zorder=3 if alone else 2,
         )
         if alone and row["first_order_coefficient"] is not None:
