@@ -14,7 +14,15 @@ from scipy import stats
 
 from jax_async_grpo.option_checks import as_fraction, as_integer
 
-__all__ = ["ExponentDifference", "PowerLawFit", "bootstrap_difference", "fit_power_law", "in_window", "msd_exponent"]
+__all__ = [
+    "ExponentDifference",
+    "PowerLawFit",
+    "bootstrap_difference",
+    "fit_power_law",
+    "in_window",
+    "msd_exponent",
+    "percentile_interval",
+]
 
 _EDGE_TOLERANCE = 1e-9  # relative; 3 * 0.1 belongs to a window that ends at 0.3
 _RANK_TOLERANCE = 1e-12  # smallest over largest eigenvalue of a Gram matrix of standardized columns
@@ -144,7 +152,7 @@ def fit_power_law(
     return PowerLawFit(
         exponents=exponents,
         prefactor=float(np.exp(offset + solution[0] - exponents @ center)),
-        intervals=_percentile_interval(draws[kept], confidence, len(group_labels)),
+        intervals=percentile_interval(draws[kept], confidence, len(group_labels)),
         r_squared=_r_squared(residuals, log_y),
         residual_std=float(np.sqrt(residuals @ residuals / (len(y) - design.shape[1]))),
         num_points=len(y),
@@ -178,7 +186,7 @@ def bootstrap_difference(first: PowerLawFit, second: PowerLawFit, *, confidence:
         raise ValueError("first and second are not paired: their groups inside the window differ; fit both on the same cells")
     draws = first.bootstrap_exponents - second.bootstrap_exponents
     draws = draws[~np.isnan(draws[:, 0])]
-    intervals = _percentile_interval(draws, confidence, len(first.group_labels))
+    intervals = percentile_interval(draws, confidence, len(first.group_labels))
     return ExponentDifference(first.exponents - second.exponents, intervals, len(draws))
 
 
@@ -286,8 +294,8 @@ def _bootstrap(design, target, group_index, num_groups: int, num_bootstrap: int,
     return slopes
 
 
-def _percentile_interval(draws: np.ndarray, confidence: float, num_groups: int) -> np.ndarray:
-    """[k, 2] central interval of draws [num, k], its percentiles expanded to Student's t for the number of groups.
+def percentile_interval(draws: np.ndarray, confidence: float, num_groups: int) -> np.ndarray:
+    """[k, 2] central interval of bootstrap draws [num, k], its percentiles expanded to Student's t for the number of groups.
 
     A resample of g groups has the variance of a population, (g−1)/g too small, and normal tails (Hesterberg 2015, section 3.3).
     """
