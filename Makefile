@@ -10,16 +10,18 @@ IS_SUPPORTED := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 # One target after another even under `make -j`: two of them share .venv, and each already uses every core.
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
+# The studies in the order in which they run: some read the records of earlier ones.
+STUDIES :=
 # The systems that `make parity` compares with need torch and a few GB: they have an environment of their own.
 PARITY_VENV := .venv-parity
 PARITY_RUN := $(PARITY_VENV)/bin/python
 # A pinned torch, so that pip takes the CPU build (local version +cpu) where an index offers one.
 TORCH ?= torch==2.13.0
 
-.PHONY: help venv demo test lint bench parity
+.PHONY: help venv demo test lint bench studies parity
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.installed ## make .venv and install everything the demo and the tests need
 
@@ -36,6 +38,11 @@ lint: $(VENV)/.installed-dev ## check style and format with ruff
 bench: $(VENV)/.installed ## run every benchmark in turn
 	@set -e; for name in $(basename $(notdir $(wildcard benchmarks/*.py))); do \
 	  echo "benchmarks/$$name.py"; $(RUN) -m benchmarks.$$name; done
+
+studies: $(VENV)/.installed ## run what is missing of every study and write the pages in docs/laws from the records
+	@set -e; for name in $(STUDIES); do \
+	  echo "configs/study_$$name.py"; \
+	  $(RUN) -m launch.study --config=configs/study_$$name.py --workdir=docs/laws/records/$$name --page=docs/laws/$$name.md; done
 
 parity: $(PARITY_VENV)/.installed ## compare our losses with TRL's and tunix's own code, and train in tunix's learner with one
 	$(PARITY_RUN) -m parity.compare

@@ -67,6 +67,7 @@ FLOORS = {
         "checkpoint",
         "records",
         "report",
+        "studies",
     },
 }
 GROUND = {"types", "masked"}  # what everything else stands on: these import nothing of the package but each other
