@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_integer", "check_keys", "check_mapping", "check_number", "check_window", "first_line", "resolve"]
+__all__ = [
+    "check_choice",
+    "check_distinct",
+    "check_integer",
+    "check_keys",
+    "check_mapping",
+    "check_number",
+    "check_window",
+    "first_line",
+    "resolve",
+]
 
 
 def resolve(name: str, field: str) -> Any:
@@ -52,6 +62,20 @@ def check_window(value: Any, field: str) -> None:
     is_number = len(pair) == 2 and all(isinstance(x, (int, float)) for x in pair)
     if not is_number or not 0 <= pair[0] < pair[1] < math.inf:
         raise ValueError(f"config.{field} is {value!r}; it must be (low, high) with 0 <= low < high")
+
+
+def check_choice(part: Mapping[str, Any], key: str, allowed: Sequence[str], field: str) -> None:
+    """ValueError unless the key holds some of the allowed words."""
+    unknown = [value for value in part[key] if value not in allowed]
+    if unknown or not part[key]:
+        raise ValueError(f"config.{field}.{key} is {tuple(part[key])}; it must name some of {tuple(allowed)}")
+
+
+def check_distinct(shown: Sequence[str], values: Sequence[Any], field: str) -> None:
+    """ValueError if one of the values, as they are shown in names, stands there twice."""
+    twice = next((value for value in shown if shown.count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"config.{field} is {tuple(values)}; {twice} stands there twice")
 
 
 def check_integer(value: Any, field: str, *, minimum: int) -> None:

@@ -33,6 +33,7 @@ __all__ = [
     "brute_force_objective",
     "clip_fraction",
     "expected_reward",
+    "off_policy",
     "surrogate_gradient",
     "surrogate_objective",
     "surrogate_objective_of_params",
@@ -292,6 +293,42 @@ def expected_reward(policy: Policy, params: Params, task: Task, *, rewards: jax.
     """
     probabilities = jnp.exp(jnp.sum(task_logprobs(policy, params, task), axis=-1))
     return jnp.mean(jnp.sum(probabilities * jnp.asarray(task.rewards if rewards is None else rewards), axis=-1))
+
+
+def off_policy(policy: Policy, learner_params: Params, behavior_params: Params, task: Task) -> dict[str, jax.Array]:
+    """How far π_θ is from π_φ on a task, exactly: what `metrics.off_policy` estimates from completions drawn from φ.
+
+    With w = π_θ(y|x)/π_φ(y|x) of whole completions and r of tokens, means over prompts:
+    * `off_policy/kl`: E_φ[−log w] = KL(π_φ‖π_θ), nats a completion; the mean of k3 too, as E_φ[w] = 1
+    * `off_policy/ess_ratio`: 1 / E_φ[w²], the limit of ESS/N for many completions
+    * `off_policy/second_moment`: E_φ[Σ_l (log r_l)²] / E_φ[L], nats² (M2PO)
+    * `off_policy/tv`: ½ Σ_y |π_θ − π_φ|
+    * `entropy`: E_θ[−log π_θ], nats a completion
+
+    Args:
+      policy: the policy.
+      learner_params: θ.
+      behavior_params: φ.
+      task: its Y completions carry all the probability.
+
+    Returns:
+      dict of scalars.
+    """
+    learner, behavior = (task_logprobs(policy, params, task) for params in (learner_params, behavior_params))
+    own, drawn = jnp.sum(learner, axis=-1), jnp.sum(behavior, axis=-1)
+    probability = jnp.exp(drawn)
+
+    def expected(values):
+        return jnp.mean(jnp.sum(probability * values, axis=-1))
+
+    return {
+        "off_policy/kl": expected(drawn - own),
+        "off_policy/ess_ratio": 1 / expected(jnp.exp(2 * (own - drawn))),
+        "off_policy/second_moment": expected(jnp.sum((learner - behavior) ** 2, axis=-1))
+        / expected(jnp.sum(task.mask, axis=-1)),
+        "off_policy/tv": 0.5 * jnp.mean(jnp.sum(jnp.abs(jnp.exp(own) - probability), axis=-1)),
+        "entropy": -jnp.mean(jnp.sum(jnp.exp(own) * own, axis=-1)),
+    }
 
 
 def clip_fraction(

@@ -22,6 +22,8 @@ from jax_async_grpo import bias, compositions, exact, sampling, staleness, surro
 from jax_async_grpo.aggregation import sequence_mean
 from jax_async_grpo.compiling import jit_once
 from jax_async_grpo.config_checks import (
+    check_choice,
+    check_distinct,
     check_integer,
     check_keys,
     check_mapping,
@@ -41,6 +43,8 @@ __all__ = [
     "build_case",
     "check_algorithm",
     "check_case",
+    "check_grid",
+    "check_world",
     "chunks",
     "describe",
     "validate",
@@ -198,6 +202,12 @@ class Cell:
     max_staleness: int
     seed: int
 
+    def staleness(self, seed: int, num_updates: int) -> np.ndarray:
+        """[num_updates] int32: the configured schedule; a random one of every (S, seed) is its own."""
+        if self.schedule == "random":
+            return staleness.random(seed + 1000 * self.seed + self.max_staleness, self.max_staleness, num_updates)
+        return {"fixed": staleness.fixed, "periodic": staleness.periodic}[self.schedule](self.max_staleness, num_updates)
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
@@ -230,7 +240,7 @@ class Chunk:
 
     def staleness(self, seed: int, num_updates: int) -> np.ndarray:
         """[N, num_updates] int32: the configured schedule of every cell, padded so that all chunks of a case share a shape."""
-        return np.stack([_schedule(cell, seed, num_updates) for cell in self.cells])
+        return np.stack([cell.staleness(seed, num_updates) for cell in self.cells])
 
 
 def validate(config: Mapping[str, Any]) -> None:
@@ -516,13 +526,6 @@ def describe(config: Mapping[str, Any], cases: Sequence[Case]) -> str:
     return "\n".join(lines)
 
 
-def _schedule(cell: Cell, seed: int, num_updates: int) -> np.ndarray:
-    if cell.schedule == "random":
-        # every (S, seed) draws its own lags
-        return staleness.random(seed + 1000 * cell.seed + cell.max_staleness, cell.max_staleness, num_updates)
-    return {"fixed": staleness.fixed, "periodic": staleness.periodic}[cell.schedule](cell.max_staleness, num_updates)
-
-
 def _call(part, key, field, kind, *arguments):
     factory = resolve(part[key], f"{field}.{key}")
     try:
@@ -534,14 +537,9 @@ def _call(part, key, field, kind, *arguments):
     return made
 
 
-def _validate_case(part, field):
-    check_keys(part, _CASE_KEYS, field)
-    for key, allowed in (("updates", UPDATES), ("schedules", SCHEDULES)):
-        unknown = [value for value in part[key] if value not in allowed]
-        if unknown or not part[key]:
-            raise ValueError(f"config.{field}.{key} is {tuple(part[key])}; it must name some of {allowed}")
-    if part["fit_variable"] not in FIT_VARIABLES:
-        raise ValueError(f"config.{field}.fit_variable is {part['fit_variable']!r}; it must be one of {FIT_VARIABLES}")
+def check_grid(part: Mapping[str, Any], field: str) -> None:
+    """ValueError unless a case's schedules, max_staleness and learning_rates are tuples of what they may hold, each once."""
+    check_choice(part, "schedules", SCHEDULES, field)
     for key in ("max_staleness", "learning_rates"):
         if isinstance(part[key], str) or not isinstance(part[key], Sequence) or not part[key]:
             raise ValueError(f"config.{field}.{key} is {part[key]!r}; it must be a tuple of numbers, not empty")
@@ -549,20 +547,33 @@ def _validate_case(part, field):
         check_integer(value, f"{field}.max_staleness", minimum=0)
     for value in part["learning_rates"]:
         check_number(value, f"{field}.learning_rates", lambda x: x > 0, "> 0")
-    for key in ("updates", "schedules", "max_staleness", "learning_rates"):
+    for key in ("schedules", "max_staleness", "learning_rates"):
         # chunks are told apart by six digits of the learning rate
-        shown = [value if isinstance(value, str) else f"{value:g}" for value in part[key]]
-        twice = next((value for value in shown if shown.count(value) > 1), None)
-        if twice is not None:
-            raise ValueError(f"config.{field}.{key} is {tuple(part[key])}; {twice} stands there twice")
-    for key in ("time_window", "fit_window"):
-        check_window(part[key], f"{field}.{key}")
+        check_distinct([value if isinstance(value, str) else f"{value:g}" for value in part[key]], part[key], f"{field}.{key}")
+
+
+def check_world(part: Mapping[str, Any], field: str) -> None:
+    """ValueError unless a case's policy, task and optimizer can be found, and its options are mappings of known names."""
     for key in ("policy_options", "task_options", "optimizer_options", "warm_start"):
         check_mapping(part[key], f"{field}.{key}")
     options = inspect.signature(warm_start.supervised).parameters
     for key in part["warm_start"]:
         if key not in options:
             raise ValueError(f"config.{field}.warm_start.{key} is not an option; the options are {', '.join([*options][3:])}")
+    for key in ("policy", "task", "optimizer"):
+        resolve(part[key], f"{field}.{key}")
+
+
+def _validate_case(part, field):
+    check_keys(part, _CASE_KEYS, field)
+    check_choice(part, "updates", UPDATES, field)
+    check_distinct(part["updates"], part["updates"], f"{field}.updates")
+    check_grid(part, field)
+    check_world(part, field)
+    if part["fit_variable"] not in FIT_VARIABLES:
+        raise ValueError(f"config.{field}.fit_variable is {part['fit_variable']!r}; it must be one of {FIT_VARIABLES}")
+    for key in ("time_window", "fit_window"):
+        check_window(part[key], f"{field}.{key}")
     for key in ("vectorize", "first_order"):
         if not isinstance(part[key], bool):
             raise ValueError(f"config.{field}.{key} is {part[key]!r}; it must be True or False")
@@ -571,8 +582,6 @@ def _validate_case(part, field):
     check_integer(part["horizon_updates"], f"{field}.horizon_updates", minimum=0)
     if part["horizon_updates"]:
         check_number(part["horizon_learning_rate"], f"{field}.horizon_learning_rate", lambda x: x > 0, "> 0")
-    for key in ("policy", "task", "optimizer"):
-        resolve(part[key], f"{field}.{key}")
     first_step = part["time_window"][0] / max(part["learning_rates"])
     lag = max(*part["max_staleness"], 1)  # the norm of one update is measured too
     if first_step < lag:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging as std_logging
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ __all__ = [
     "OVERWRITE",
     "WORKDIR",
     "check_interrupt",
-    "config_of_theory_job",
+    "config_of_job",
     "progress",
     "read_config",
     "run",
@@ -109,17 +110,27 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
-def config_of_theory_job(example: str) -> dict[str, Any]:
-    """The config of a job in float64 on the CPU, which it sets up: accelerators lack float64 or emulate it slowly.
+def config_of_job(example: str) -> dict[str, Any]:
+    """The config of a job, and jax set up for it.
+
+    A job is in float64 on the CPU, as accelerators lack float64 or emulate it slowly, unless its config says
+    `precision="float32"`. Every core is a device of its own, over which sweeps spread their runs.
 
     Raises:
       ValueError: --config is missing, or --workdir without --dry_run, naming `example`; what `read_config` raises.
     """
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_x64", True)
     if not CONFIG.present or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError(f"give --config={example} and --workdir=DIR (or --dry_run)")
-    return read_config(CONFIG)
+    config = read_config(CONFIG)
+    is_theory = config.get("precision", "float64") != "float32"
+    jax.config.update("jax_enable_x64", is_theory)
+    std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # which backends there are not is no news
+    if is_theory:
+        jax.config.update("jax_platforms", "cpu")
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # a backend that runs already keeps its devices
+            jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    return config
 
 
 @contextlib.contextmanager

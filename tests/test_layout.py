@@ -60,6 +60,8 @@ FLOORS = {
         "update",
         "experiment",
         "warm_start",
+        "sweep_run",
+        "sweep_summary",
         "sweeps",
         "diagnostics",
         "bias_run",
