@@ -1,4 +1,4 @@
-"""Planted boundaries are found with intervals that cover at their rate; separated data cover their gap; else there is a word."""
+"""Planted boundaries are found with intervals that cover at their rate; separated data cover their gap; else a word."""
 
 import itertools
 import math
