@@ -31,7 +31,8 @@ class Boundary:
       separated: every run up to some rate succeeded and every one above it failed. Then the boundary may be anywhere between
         the two rates: the interval covers the gap, and width is no measurement but what the gap and the number of runs allow.
       reason: one line, what decided the status.
-      estimate: for "ill-defined" the fitted η of each level, for reading only and not to be used; else None.
+      estimate: for "ill-defined" the fitted η of each level, for reading only and not to be used, () where the
+        fitted share does not fall; else None.
       shares: share of success of each tried rate, ascending in η.
       confidence: of the intervals.
     """

@@ -110,7 +110,7 @@ def fit_stability_limit(
     makes the interval infinite, the radius is "not identifiable", and the other one is fitted without it. So it is with fewer
     than two staleness values ≥ 1 (or horizons), or where fewer than two of them bind: a limit that was seen at one S cannot be
     told from one that does not depend on S. Neither is identifiable where a constant has the lower AICc. Measured coverage of
-    90 % intervals (21 points, seven S, three T, 200 draws): 90-92 % with errors of 0.2 in ln η, 84-90 % with 0.4; 87-89 % with
+    90 % intervals (21 points, seven S, three T, 200 draws): 90-92 % with errors of 0.2 in ln η, 84-90 % with 0.4; 87-92 % with
     eight groups.
 
     A radius that was found is no evidence for the law: read `scores`, where one-constraint laws and the smooth sum
