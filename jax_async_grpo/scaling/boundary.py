@@ -28,10 +28,11 @@ class Boundary:
       intervals: profile-likelihood intervals (low, high) of these, None where they are; low 0 or high inf where the runs leave
         that side open.
       width: ln(η_20/η_80), None unless found.
-      separated: every run up to some rate succeeded and every one above it failed. Then the boundary may be anywhere between the two
-        rates: the interval covers the gap, and width is no measurement but what the gap and the number of runs allow.
+      separated: every run up to some rate succeeded and every one above it failed. Then the boundary may be anywhere between
+        the two rates: the interval covers the gap, and width is no measurement but what the gap and the number of runs allow.
       reason: one line, what decided the status.
-      estimate: for "ill-defined" the fitted η of each level, for reading only and not to be used; else None.
+      estimate: for "ill-defined" the fitted η of each level, for reading only and not to be used, () where the
+        fitted share does not fall; else None.
       shares: share of success of each tried rate, ascending in η.
       confidence: of the intervals.
     """
@@ -77,19 +78,22 @@ def stable_learning_rate(
 
         P(success | η) = 1/(1 + exp(k·(ln η − m))),   k > 0;    η_level = exp(m − logit(level)/k)
 
-    Only the *upper* side is fitted, from the rate with the highest share on, because below it runs fail by not having learned yet.
-    On ties it starts at the smallest such rate: all of them are on the plateau, and a dip between two of them is evidence that
-    starting at the largest would hide.
+    Only the *upper* side is fitted, from the rate with the highest share on, because below it runs fail by not having learned
+    yet. On ties it starts at the smallest such rate: all of them are on the plateau, and a dip between two of them is evidence
+    that starting at the largest would hide.
 
     The point estimate maximizes the likelihood with Firth's penalty, half the log-determinant of the information (Jeffreys'
     prior): finite for separated data, with less bias for few runs. Intervals are those of the likelihood ratio of the
     *unpenalized* likelihood, which is flat across the gap of separated data and so covers it. Given single runs [n, seeds],
     the ratio is divided by the design effect of seeds shared between rates (robust over model variance, where above 1; the
-    quantile is F's then). Given counts, runs at different rates are taken as independent.
+    quantile is F's then). Given counts, runs at different rates are taken as independent: where whole seeds succeed or fail
+    together, counts give intervals that are too narrow. Measured coverage of 90 % intervals, 300 draws, eight rates over two
+    decades: 87-94 % with 5 to 20 independent runs a rate; if a seed has one threshold for all rates, 74 % from counts and
+    86-88 % from single runs.
 
-    Statuses, in this order: "none", no rate reaches the first level; "ill-defined", past the first share below one half at least two
-    rates are back at the level; "censored", the largest rate still reaches it (or the fit puts it beyond); "ill-defined", the
-    fitted share does not fall or ln(η_20/η_80) > max_width; "found".
+    Statuses, in this order: "none", no rate reaches the first level; "ill-defined", past the first share below one half at
+    least two rates are back at the level; "censored", the largest rate still reaches it (or the fit puts it beyond);
+    "ill-defined", the fitted share does not fall or ln(η_20/η_80) > max_width; "found".
 
     Args:
       learning_rates: [n] distinct, > 0, any order.
@@ -253,7 +257,7 @@ def _profile(places, log_rates, counts, trials, level) -> np.ndarray:
         return special.logit(level) - np.exp(log_k)[:, None] * offsets
 
     low, high = np.full(len(places), math.log(1e-6 / gap)), np.full(len(places), math.log(1e6 / gap))
-    for _ in range(30):
+    for _ in range(24):
         middle = (low + high) / 2
         rising = -np.sum(offsets * (counts - trials * special.expit(logits(middle))), axis=1) > 0
         low, high = np.where(rising, middle, low), np.where(rising, high, middle)
@@ -271,7 +275,7 @@ def _profile_interval(log_rates, counts, trials, level, threshold) -> tuple[floa
 
     places = np.linspace(*edges, _GRID)
     best, step = places[np.argmax(profile(places))], places[1] - places[0]
-    for _ in range(3):
+    for _ in range(2):
         near = best + step * np.linspace(-1, 1, 21)
         values = profile(near)
         best, highest, step = near[np.argmax(values)], values.max(), step / 10
@@ -283,8 +287,8 @@ def _profile_interval(log_rates, counts, trials, level, threshold) -> tuple[floa
             ends.append(0.0 if outward < 0 else math.inf)
             continue
         inner, outer = places[index], places[index + outward]
-        for _ in range(3):
-            between = np.linspace(inner, outer, 21)
+        for _ in range(2):
+            between = np.linspace(inner, outer, 41)
             out = int(np.argmax(2 * (highest - profile(between)) > threshold))
             inner, outer = between[out - 1], between[out]
         ends.append(math.exp(outer))

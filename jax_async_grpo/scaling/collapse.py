@@ -1,7 +1,7 @@
 """What became of a run, read off its reward curve: success, or how it failed, and the step at which it collapsed. No jax.
 
-Every threshold stands in a `CollapseRule`, declared before the runs. Two rules of collapse are always applied beside each other:
-a finding that holds under one of them only is a finding about the rule.
+Every threshold stands in a `CollapseRule`, declared before the runs. Two rules of collapse are always applied beside each
+other: a finding that holds under one of them only is a finding about the rule.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from jax_async_grpo.option_checks import as_fraction, as_positive
 
 __all__ = ["OUTCOMES", "CollapseRule", "RunOutcome", "classify_run", "classify_runs"]
 
+_EDGE_TOLERANCE = 1e-9  # of the ceiling; a mean of rewards at a threshold may lie below it by rounding
+
 OUTCOMES = ("success", "fall", "frozen", "never learned", "non-finite")
 
 
@@ -27,7 +29,8 @@ class CollapseRule:
       keep: first rule, a share of the peak: success needs end ≥ keep·peak, and the run has collapsed where reward < keep·peak.
       give_back: second rule, a drawdown: collapsed where reward < r_0 + give_back·(peak − r_0). Unlike the first it does not
         change when a constant is added to all rewards.
-      frozen_tolerance: a curve whose largest and smallest rewards differ by less than frozen_tolerance·(ceiling − r_0) stands still.
+      frozen_tolerance: a curve whose largest and smallest rewards differ by less than frozen_tolerance·(ceiling − r_0) stands
+        still.
       frozen_window: share of the horizon, its end, over which a frozen run stands still; in (0, 1].
       end_window: share of the horizon, its end, over which rewards are averaged to the end reward; in (0, 1].
     """
@@ -131,18 +134,20 @@ def classify_runs(
     curve = np.where(finite, reward, -np.inf)
     peak = np.maximum(curve.max(axis=1), start)
     ends = np.where(finite, reward, np.nan)[:, steps > (1 - rule.end_window) * horizon].mean(axis=1)
+    edge = _EDGE_TOLERANCE * ceiling
+    keep, learn = rule.keep * peak - edge, start + rule.gain * (ceiling - start) - edge
+    give_back = start + rule.give_back * (peak - start) - edge
     tolerance = rule.frozen_tolerance * (ceiling - start)
     late = reward[:, steps > (1 - rule.frozen_window) * horizon]
     with np.errstate(invalid="ignore"):  # non-finite runs are told apart first
         standing = np.ptp(late, axis=1) < tolerance
         moved = np.maximum(peak - start, start - curve.min(axis=1)) >= tolerance
-        kept = ends >= rule.keep * peak
-        learned = ends >= start + rule.gain * (ceiling - start)
+        kept, learned = ends >= keep, ends >= learn
     outcomes = np.select(
         [~finite.all(axis=1), learned & kept, ~kept, standing & moved], [OUTCOMES[4], *OUTCOMES[:3]], OUTCOMES[3]
     )
-    first = _collapse_steps(steps, curve < (rule.keep * peak)[:, None])
-    second = _collapse_steps(steps, curve < (start + rule.give_back * (peak - start))[:, None])
+    first = _collapse_steps(steps, curve < keep[:, None])
+    second = _collapse_steps(steps, curve < give_back[:, None])
     return [
         RunOutcome(str(outcomes[i]), *first[i], *second[i], float(peak[i]), float(ends[i]) if finite[i].all() else None)
         for i in range(len(reward))

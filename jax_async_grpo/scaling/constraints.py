@@ -99,18 +99,23 @@ def fit_stability_limit(
 
         ln η_max = min{ ln R_batch − ln X, ln R_crit − ln Y } + error
 
-    X = S·G_upd, or the measured drift √MSD(S)/η where it is given; Y = T·G_upd. Without `update_norm` G_upd counts as 1 and what
-    is found is R/G_upd (updates × learning rate); a drift is a distance already, so then the batch radius is R_batch itself. At S = 0 there
-    is no staleness limit. On which side of the kink a point lies depends on ln R_batch − ln R_crit alone: the sum of squares is a
-    quadratic between neighboring values of ln X − ln Y, and its global minimum is found by trying all of them.
+    X = S·G_upd, or the measured drift √MSD(S)/η where it is given; Y = T·G_upd. Without `update_norm` G_upd counts as 1 and
+    what is found is R/G_upd (updates × learning rate); a drift is a distance already, so then the batch radius is R_batch
+    itself. At S = 0 there is no staleness limit. On which side of the kink a point lies depends on ln R_batch − ln R_crit
+    alone: the sum of squares is a quadratic between neighboring values of ln X − ln Y, and its global minimum is found by
+    trying all of them.
 
-    Intervals are percentiles of a bootstrap over `groups` (points without), moved outwards to Student's t for the number of groups
-    that the constraint binds. A resample in which a constraint binds nowhere puts its radius at infinity; where that makes the
-    interval infinite, the radius is "not identifiable", and the other one is fitted without it. So it is with fewer than two
-    staleness values ≥ 1 (or horizons), or where fewer than two of them bind: a limit that was seen at one S cannot be told from
-    one that does not depend on S. A radius that was found is no evidence for the law: read `scores`, where one-constraint laws
-    and the smooth sum 1/η = 1/η_0 + X/c stand beside it. Laws with no value at S = 0 score inf there; leave those
-    points out to compare them on the rest.
+    Intervals are percentiles of a bootstrap over `groups` (points without), moved outwards to Student's t for the number of
+    groups that the constraint binds. A resample in which a constraint binds nowhere puts its radius at infinity; where that
+    makes the interval infinite, the radius is "not identifiable", and the other one is fitted without it. So it is with fewer
+    than two staleness values ≥ 1 (or horizons), or where fewer than two of them bind: a limit that was seen at one S cannot be
+    told from one that does not depend on S. Neither is identifiable where a constant has the lower AICc. Measured coverage of
+    90 % intervals (21 points, seven S, three T, 200 draws): 90-92 % with errors of 0.2 in ln η, 84-90 % with 0.4; 87-92 % with
+    eight groups.
+
+    A radius that was found is no evidence for the law: read `scores`, where one-constraint laws and the smooth sum
+    1/η = 1/η_0 + X/c stand beside it. Laws with no value at S = 0 score inf there; leave those points out to compare them on
+    the rest.
 
     Args:
       max_staleness: [n] S ≥ 0, updates.
@@ -144,12 +149,12 @@ def fit_stability_limit(
     draws = _fit_min(points, weights)
     bound = points.log_x - points.log_y >= fit[0] - fit[1] - 1e-9
     sides = {"staleness": (bound, staleness, points.log_x), "horizon": (~bound, horizon, points.log_y)}
-    radii = [
-        _radius(name, fit[i], draws[i], *sides[name][:2], labels, confidence) for i, name in enumerate(("staleness", "horizon"))
-    ]
-    found = [radius.value is not None for radius in radii]
-    for i, name in enumerate(("staleness", "horizon")):
-        if found[i] and not found[1 - i]:
+    scores = _scores(points)
+    radii = [_radius(name, fit[i], draws[i], *sides[name][:2], labels, confidence) for i, name in enumerate(sides)]
+    if scores[1].aicc is not None and scores[1].aicc <= scores[0].aicc:
+        radii = [Radius(None, None, "not identifiable: a constant describes the limits as well")] * 2
+    for i, name in enumerate(sides):
+        if radii[i].value is not None and radii[1 - i].value is None:
             radii[i] = _alone(name, points, sides[name][2], sides[name][1], weights, labels, confidence)
     return ConstraintFit(
         batch_radius=radii[0],
@@ -157,7 +162,7 @@ def fit_stability_limit(
         regime_ratio=_ratio(fit, draws, radii, min(len(np.unique(labels[b])) for b in (bound, ~bound)), confidence),
         num_staleness_limited=int(bound.sum()),
         num_horizon_limited=int((~bound).sum()),
-        scores=_scores(points),
+        scores=scores,
         num_points=size,
         confidence=confidence,
     )
@@ -225,8 +230,8 @@ def _fit_min(points: _Points, weights: np.ndarray) -> tuple[np.ndarray, np.ndarr
     # A kink at a point: alpha = beta + d_j, all points tell beta.
     d_finite = d[num_fresh:]
     shifted = by_y[None] - np.minimum(d_finite[:, None] - np.where(fresh, -np.inf, d)[None], 0)
-    kink_beta = weights @ shifted.T / weights.sum(axis=1, keepdims=True)
-    kink_loss = np.einsum("bn,bjn->bj", weights, (shifted[None] - kink_beta[..., None]) ** 2)
+    kink_beta = weights @ shifted.T / total[:, -1:]
+    kink_loss = weights @ shifted.T**2 - total[:, -1:] * kink_beta**2
     # Unbound first: where binding nowhere fits as well, up to rounding, that is the answer.
     rounding = 1e-12 * (weights @ by_y**2)[:, None]
     unbound = np.isinf(alpha) | np.isinf(beta)
@@ -315,7 +320,7 @@ def _smooth_sum(points: _Points, weights) -> np.ndarray:
     center, step = (-finite.mean(), (np.ptp(finite) + 24) / 64) if len(finite) else (0.0, 1.0)
     ratio = np.full(len(weights), center)
     total = weights.sum(axis=1)[:, None]
-    for passes in range(7):
+    for _ in range(7):
         grid = ratio[:, None] + step * np.linspace(-32, 32, 65)  # [b, r]
         bend = np.logaddexp(0, points.log_x + grid[..., None])
         level = np.einsum("bn,brn->br", weights, points.log_eta + bend) / total

@@ -82,9 +82,9 @@ def cosine_ceiling(half_cosines, *, block_length: int = 1, confidence: float = 0
         c = ‖μ‖²/(‖μ‖² + v);    two full batches, noise v/2, have    ‖μ‖²/(‖μ‖² + v/2) = 2c/(1 + c)
 
     (insert v = ‖μ‖²(1−c)/c). Sampling noise alone keeps the consecutive cosine below this even where the expected gradient does
-    not turn at all, so consecutive cosines are to be read as shares of it. The ratio of expectations stands for the expected cosine,
-    right to O(1/D) for D effective parameters. Steps are averaged *before* the transform: that of single noisy cosines is biased
-    down. Average over steps of one stage of training, the same as for the consecutive cosine.
+    not turn at all, so consecutive cosines are to be read as shares of it. The ratio of expectations stands for the expected
+    cosine, right to O(1/D) for D effective parameters. Steps are averaged *before* the transform: that of single noisy cosines
+    is biased down. Average over steps of one stage of training, the same as for the consecutive cosine.
 
     The interval is Student's t for the mean c, carried through the (increasing) transform. Where cosines of neighboring steps
     are correlated, `block_length` steps are averaged to one number first; a remainder at the start is left out.
