@@ -98,8 +98,7 @@ def limit_staleness_drift(
     Raises:
       ValueError: an option out of its range; in `update`, params or staleness missing or no integer within 0..S.
     """
-    radius, exponent = _as_radius(radius), _as_exponent(exponent)
-    max_staleness = as_integer("max_staleness", max_staleness, minimum=0)
+    radius, exponent, max_staleness = _limit_options(radius, exponent, max_staleness)
 
     def init(params):
         history = staleness_lib.create_history(params, max(max_staleness, 1), dtype=dtype, memory_kind=memory_kind)
@@ -141,8 +140,7 @@ def limit_staleness_path(
     Raises:
       ValueError: an option out of its range; in `update`, staleness missing or no integer within 0..S.
     """
-    radius, exponent = _as_radius(radius), _as_exponent(exponent)
-    max_staleness = as_integer("max_staleness", max_staleness, minimum=0)
+    radius, exponent, max_staleness = _limit_options(radius, exponent, max_staleness)
 
     def init(params):
         dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
@@ -164,7 +162,9 @@ def limit_staleness_path(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_by_ess(exponent: float = 0.5, *, reference: float | jax.Array = 1.0) -> optax.GradientTransformationExtraArgs:
+def scale_by_ess(
+    exponent: float | jax.Array = 0.5, *, reference: float | jax.Array = 1.0
+) -> optax.GradientTransformationExtraArgs:
     """Scales the update, hence the learning rate, by min(1, (ESS/B)/reference)^exponent: the step size of VCPO (arXiv 2602.17616).
 
     ESS/B = (Σw)²/(B Σw²) of the batch's completion weights w = π_θ/π_φ, unclipped: `off_policy/ess_ratio` of `metrics.off_policy`.
@@ -187,7 +187,7 @@ def scale_by_ess(exponent: float = 0.5, *, reference: float | jax.Array = 1.0) -
     Raises:
       ValueError: an option out of its range; in `update`, ess missing, not one number, or outside (0, 1].
     """
-    exponent = as_positive("exponent", exponent)
+    exponent = exponent if isinstance(exponent, jax.Array) else as_positive("exponent", exponent)
     reference = reference if isinstance(reference, jax.Array) else as_fraction("reference", reference, closed=True)
 
     def update(updates, state, params=None, *, ess=None, **extra_args):
@@ -254,15 +254,13 @@ def _scaled(scale, updates):
     return jax.tree.map(lambda leaf: (scale * _wide(leaf)).astype(jnp.result_type(leaf)), updates)
 
 
-def _as_radius(radius):
-    return radius if isinstance(radius, jax.Array) else as_positive("radius", radius, infinite=True)
-
-
-def _as_exponent(exponent) -> float:
-    exponent = float(exponent)
-    if not 0 <= exponent <= 1:
+def _limit_options(radius, exponent, max_staleness) -> tuple:
+    """R, α, S, checked; arrays are what `optax.inject_hyperparams` makes of numbers, and pass."""
+    if not isinstance(radius, jax.Array):
+        radius = as_positive("radius", radius, infinite=True)
+    if not isinstance(exponent, jax.Array) and not 0 <= float(exponent) <= 1:
         raise ValueError(f"exponent={exponent:g} must lie in [0, 1]")
-    return exponent
+    return radius, exponent, as_integer("max_staleness", max_staleness, minimum=0)
 
 
 def _as_window(staleness, max_staleness: int) -> jax.Array:

@@ -51,8 +51,11 @@ def run(optimizer, updates, windows, radius=RADIUS):
 @functools.cache
 def runner(name, exponent):
     """Many sequences side by side, with their own windows and radii: one compilation a rule."""
-    make = functools.partial(LIMITS[name], max_staleness=S, exponent=exponent)
-    return jax.jit(jax.vmap(chex.assert_max_traces(functools.partial(run, make), n=1)))
+
+    def run_one(updates, windows, radius):
+        return run(functools.partial(LIMITS[name], max_staleness=S, exponent=exponent), updates, windows, radius)
+
+    return jax.jit(jax.vmap(run_one))
 
 
 def adversary(scale, window):
@@ -211,16 +214,17 @@ def test_what_is_already_too_far_is_never_taken_farther_and_is_gone_after_a_wind
 
 
 @pytest.mark.parametrize("name", LIMITS)
-@pytest.mark.parametrize("value", [0.0, np.nan, np.inf])
-def test_zero_and_non_finite_updates_pass_unchanged(name, value):
+def test_zero_and_non_finite_updates_pass_unchanged(name):
     optimizer = LIMITS[name](RADIUS, 2)
     params = as_tree(jnp.zeros(DIMENSION))
-    updates = as_tree(jnp.ones(DIMENSION).at[2].set(value) if value else jnp.zeros(DIMENSION))
-    passed, state = optimizer.update(updates, optimizer.init(params), params, staleness=2)
-    chex.assert_trees_all_equal(passed, updates)
-    assert state[-1] == 1
-    after, _ = optimizer.update(as_tree(jnp.ones(DIMENSION)), state, params, staleness=2)
-    assert 0 < optax.tree.norm(after) <= RADIUS * ROUNDING  # and leave no trace
+    update_fn = jax.jit(functools.partial(optimizer.update, staleness=2))
+    for value in (0.0, np.nan, np.inf):
+        updates = as_tree(jnp.ones(DIMENSION).at[2].set(value) if value else jnp.zeros(DIMENSION))
+        passed, state = update_fn(updates, optimizer.init(params), params)
+        chex.assert_trees_all_equal(passed, updates)
+        assert state[-1] == 1
+        after, _ = update_fn(as_tree(jnp.ones(DIMENSION)), state, params)
+        assert 0 < optax.tree.norm(after) <= RADIUS * ROUNDING  # and leave no trace
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -232,7 +236,7 @@ def test_low_precision_parameters_keep_the_bound_up_to_one_rounding(name, dtype,
     params = jnp.zeros(64, dtype)
     state, positions = optimizer.init(params), [np.zeros(64)]
     update_fn = jax.jit(optimizer.update)
-    for step in np.random.default_rng(2).normal(size=(30, 64)) + 0.5:
+    for step in np.random.default_rng(2).normal(size=(30, 64)) / 5 + 0.5:
         updates, state = update_fn(jnp.asarray(step, dtype), state, params, staleness=jnp.int32(3))
         assert updates.dtype == dtype
         params = optax.apply_updates(params, updates)
@@ -240,7 +244,7 @@ def test_low_precision_parameters_keep_the_bound_up_to_one_rounding(name, dtype,
     positions = np.stack(positions)
     rounding = tolerance * np.linalg.norm(positions, axis=1).max() / 2  # of θ; the path rule sums those of a window
     assert drift(positions, 3).max() <= RADIUS * (1 + tolerance) + rounding * (3 if name == "path" else 1)
-    assert drift(positions, 3).max() > 0.98 * RADIUS
+    assert drift(positions, 3).max() > 0.9 * RADIUS
 
 
 def test_versions_may_be_kept_elsewhere_and_shorter():
@@ -307,11 +311,14 @@ def test_lags_of_prompts_count_by_their_largest_and_an_infinite_radius_limits_no
     params, updates = as_tree(jnp.zeros(DIMENSION)), as_tree(jnp.ones(DIMENSION))
     for limit in LIMITS.values():
         optimizer = limit(RADIUS, 4, exponent=1.0)
-        for lags in ([0, 3, 1], np.array([3, 0]), jnp.array([1, 3]), 3):
-            scaled, _ = optimizer.update(updates, optimizer.init(params), params, staleness=lags)
-            np.testing.assert_allclose(optax.tree.norm(scaled), RADIUS / 3, rtol=1e-12)
-        above, _ = optimizer.update(updates, optimizer.init(params), params, staleness=jnp.int32(9))
-        np.testing.assert_allclose(optax.tree.norm(above), RADIUS / 4, rtol=1e-12)
+
+        @jax.jit
+        def norms(state, traced, optimizer=optimizer):
+            every = ([0, 3, 1], np.array([3, 0]), traced, 3, 3 * traced)
+            return [optax.tree.norm(optimizer.update(updates, state, params, staleness=lags)[0]) for lags in every]
+
+        found = norms(optimizer.init(params), jnp.array([1, 3]))
+        np.testing.assert_allclose(found, RADIUS / np.array([3, 3, 3, 3, 4]), rtol=1e-12)
         optimizer = limit(np.inf, 4)
         scaled, _ = optimizer.update(updates, optimizer.init(params), params, staleness=4)
         chex.assert_trees_all_equal(scaled, updates)
@@ -321,11 +328,11 @@ def test_lags_of_prompts_count_by_their_largest_and_an_infinite_radius_limits_no
 def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(name, tmp_path):
     import orbax.checkpoint as ocp
 
-    optimizer = OPTIMIZERS["sgd"](LIMITS[name](RADIUS, 3))
+    optimizer = OPTIMIZERS["sgd"](LIMITS[name](RADIUS, 3, exponent=0.5))
     params = as_tree(jnp.zeros(DIMENSION))
     state = optimizer.init(params)
     update_fn = jax.jit(optimizer.update)
-    for _ in range(4):
+    for _ in range(5):  # the middle of a window
         updates, state = update_fn(as_tree(jnp.ones(DIMENSION)), state, params, staleness=jnp.int32(3))
         params = optax.apply_updates(params, updates)
     with ocp.StandardCheckpointer() as checkpointer:
@@ -333,13 +340,12 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(name, tmp_pa
         checkpointer.wait_until_finished()
         restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
     chex.assert_trees_all_equal(restored, state)
-    arguments = (as_tree(jnp.ones(DIMENSION)), params)
-    after, fresh = (
-        update_fn(arguments[0], s, arguments[1], staleness=jnp.int32(3))[0] for s in (restored, optimizer.init(params))
+    states = (state, restored, optimizer.init(params))
+    expected, after, fresh = (
+        update_fn(as_tree(jnp.ones(DIMENSION)), s, params, staleness=jnp.int32(3))[0] for s in states
     )
-    expected, _ = update_fn(arguments[0], state, arguments[1], staleness=jnp.int32(3))
     chex.assert_trees_all_equal(after, expected)
-    assert abs(optax.tree.norm(fresh) - optax.tree.norm(expected)) > 1e-3 or name == "path"  # the state matters
+    assert optax.tree.norm(fresh) > 1.2 * optax.tree.norm(expected)  # the state matters
 
 
 # -- VCPO --------------------------------------------------------------------------------------------------------------------------
