@@ -60,25 +60,25 @@ def limit_staleness_drift(
 
         ‖θ_{t+1} − θ_{t+1−j}‖ ≤ R (j/w)^α    for every lag j = 1..w,    w = `staleness`
 
-    so that ‖θ_{t+1} − θ_{t+1−j}‖ ≤ R for every j ≤ w: that is ‖θ − φ‖ ≤ R at the next update for whatever version of the window
-    draws its rollouts. The drift is measured between parameters, not summed over updates: with α = ½, the growth of a random
-    walk, a diffusive run is left alone up to √MSD(w) ≈ R, and a ballistic one is slowed to R/w an update on average, spread over
-    the window. α = 0 keeps only the radius (the first updates take it all, the others nothing); α = 1 shares it evenly.
+    so that ‖θ − φ‖ ≤ R at the next update for whatever version of the window draws its rollouts. The drift is measured between
+    parameters, not summed over updates: with α = ½, the growth of a random walk, a diffusive run is hardly touched while
+    √MSD(w) < R, and a ballistic one is slowed to R/w an update on average, spread over the window. α = 0 keeps only the radius
+    (a few updates take it all, the others nothing); α = 1 shares it evenly. The bound and the two limits: docs/control.md.
 
     **Pass the largest staleness that rollouts yet to be read can have**, such as the maximum a system is configured with; the
     realised staleness of the current batch says nothing about the next one, whose drift this update makes. What is not
     guaranteed: where w grows by more than 1, the radius shrinks, or something else moves the parameters, versions may lie too
-    far away already; then c is the largest that takes none of these farther away, and after w updates all is within R again.
-    Each θ_{t+1} may exceed R by its own rounding, which does not add up. With staleness 0 there is no window and nothing is scaled.
+    far away already. Then c is the largest that takes none of these farther away, and after w updates all is within R again.
+    θ_{t+1} may be off by its own rounding, which does not add up. With staleness 0 there is no window and nothing is scaled.
     Updates of 0 and those that are not finite pass unchanged, so that whatever watches for these finds them.
 
     It keeps max(S, 1) versions of the parameters and reads each once an update; `limit_staleness_path` keeps none.
 
     >>> optimizer = optax.chain(optax.sgd(1.0), limit_staleness_drift(1.0, max_staleness=4))
     >>> params, positions = jnp.zeros(2), []
-    >>> state = optimizer.init(params)
+    >>> state, update = optimizer.init(params), jax.jit(optimizer.update)
     >>> for _ in range(8):  # a gradient that always points the same way
-    ...     updates, state = optimizer.update(jnp.array([-3.0, -4.0]), state, params, staleness=4)
+    ...     updates, state = update(jnp.array([-3.0, -4.0]), state, params, staleness=jnp.int32(4))
     ...     params = optax.apply_updates(params, updates)
     ...     positions.append(float(jnp.linalg.norm(params)))
     >>> print(" ".join(f"{x:.2f}" for x in positions))
@@ -126,8 +126,8 @@ def limit_staleness_path(
         Σ_{i<j} ‖u_{t−i}‖ ≤ R (j/w)^α    for every j = 1..w
 
     By the triangle inequality the drift obeys the same bound, and a ballistic run reaches it. A diffusive one is held √w times
-    as short as it need be. With α = 1 and a constant window this is ‖u_t‖ ≤ R/w. What to pass, what happens to updates of 0 and
-    to non-finite ones, and what a growing window costs are as in `limit_staleness_drift`; rounding of the parameters is not seen.
+    as short as it need be. With α = 1 and a constant window this is ‖u_t‖ ≤ R/w. What to pass and what becomes of updates of 0,
+    of non-finite ones and of a growing window is as in `limit_staleness_drift`; the rounding of the parameters is not seen.
 
     Args:
       radius: R > 0; inf = no limit. An array where `optax.inject_hyperparams` schedules it.
@@ -165,11 +165,12 @@ def limit_staleness_path(
 def scale_by_ess(
     exponent: float | jax.Array = 0.5, *, reference: float | jax.Array = 1.0
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales the update, hence the learning rate, by min(1, (ESS/B)/reference)^exponent: the step size of VCPO (arXiv 2602.17616).
+    """Scales the update, hence the learning rate, by min(1, (ESS/B)/reference)^exponent: the step of VCPO (arXiv 2602.17616).
 
-    ESS/B = (Σw)²/(B Σw²) of the batch's completion weights w = π_θ/π_φ, unclipped: `off_policy/ess_ratio` of `metrics.off_policy`.
-    The exponent ½ is VCPO's rule for AdamW-like optimizers, 1 its `linear` one; `reference` is its `base_ess_ratio`. Last in a
-    chain it also scales decoupled weight decay, as a learning rate does. VCPO's baseline for the advantages is not part of it.
+    ESS/B = (Σw)²/(B Σw²) of the batch's completion weights w = π_θ/π_φ, unclipped: `off_policy/ess_ratio` of
+    `metrics.off_policy`. The exponent ½ is VCPO's rule for AdamW-like optimizers, 1 its `linear` one; `reference` is its
+    `base_ess_ratio`. Last in a chain it also scales decoupled weight decay, as a learning rate does. VCPO's baseline for the
+    advantages is not part of it.
 
     >>> optimizer = optax.chain(optax.sgd(1.0), scale_by_ess())
     >>> updates, _ = optimizer.update(jnp.array([1.0, 2.0]), optimizer.init(jnp.zeros(2)), ess=0.25)

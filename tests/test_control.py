@@ -1,4 +1,4 @@
-"""Drift is kept within its radius whatever the updates and the lags are, is let go that far, and VCPO's rule is what it says."""
+"""Drift is kept within its radius whatever updates and lags are, and is let go that far; VCPO's rule is what it says."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def as_tree(vector):
 
 
 def as_vectors(tree):
-    """Positions [T, ...] of all leaves -> [T, 6]."""
-    return np.concatenate([np.asarray(tree[name], np.float64).reshape(len(tree[name]), -1) for name in ("w", "b")], axis=1)
+    """Positions [..., 6] of leaves [..., 2, 2] and [..., 2]."""
+    w, b = np.asarray(tree["w"]), np.asarray(tree["b"])
+    return np.concatenate([w.reshape(*b.shape[:-1], 4), b], axis=-1)
 
 
 def run(optimizer, updates, windows, radius=RADIUS):
     """(θ_0..θ_T, factors) of a scan over given updates [T, 6]; `optimizer(radius)` alone decides what is applied."""
     transformation = optimizer(radius)
-    start = as_tree(jnp.zeros(DIMENSION))
+    start = as_tree(np.zeros(DIMENSION))
 
     def advance(carry, inputs):
         params, state = carry
@@ -83,15 +84,23 @@ UPDATES = np.stack(list(SEQUENCES.values()))
 WINDOWS = np.arange(S + 1)
 
 
+COUNT = len(UPDATES) * len(WINDOWS)  # rows of every call: one shape, one compilation
+
+
+def run_many(rule, updates, windows, radius=RADIUS):
+    """(positions [n, T+1, 6], factors [n, T]) of n sequences of updates [n, T, 6] and windows [n, T]."""
+    rows = np.arange(COUNT) % len(updates)
+    windows = np.asarray(windows, np.int32)[rows]
+    positions, scale = runner(*rule)(np.asarray(updates)[rows], windows, np.full(COUNT, radius))
+    return as_vectors(positions)[: len(updates)], np.asarray(scale)[: len(updates)]
+
+
 @functools.cache
-def all_runs(name, exponent):
+def all_runs(*rule):
     """(positions [N, W, T+1, 6], factors [N, W, T]) of every sequence with every constant window."""
-    pairs = [(u, np.full(NUM_UPDATES, w, np.int32)) for u in UPDATES for w in WINDOWS]
-    updates, windows = (np.stack(column) for column in zip(*pairs, strict=True))
-    positions, scale = runner(name, exponent)(updates, windows, np.full(len(pairs), RADIUS))
-    positions = np.stack([as_vectors(jax.tree.map(lambda leaf, i=i: leaf[i], positions)) for i in range(len(pairs))])
-    shape = (len(UPDATES), len(WINDOWS))
-    return positions.reshape(*shape, *positions.shape[1:]), np.asarray(scale).reshape(*shape, -1)
+    pairs = [(u, np.full(NUM_UPDATES, w)) for u in UPDATES for w in WINDOWS]
+    results = run_many(rule, *zip(*pairs, strict=True))
+    return tuple(values.reshape(len(UPDATES), len(WINDOWS), *values.shape[1:]) for values in results)
 
 
 def drift(positions, lag):
@@ -99,7 +108,7 @@ def drift(positions, lag):
     return np.linalg.norm(positions[lag:] - positions[: len(positions) - lag], axis=-1)
 
 
-RULES = [("drift", 0.5), ("drift", 0.0), ("path", 1.0), ("path", 0.5)]
+RULES = [("drift", 0.5), ("drift", 0.0), ("path", 1.0)]
 
 
 @pytest.mark.parametrize(("name", "exponent"), RULES)
@@ -110,8 +119,9 @@ def test_no_lag_of_the_window_exceeds_its_bound(name, exponent):
             for lag in range(1, window + 1):
                 largest = drift(of_sequence[window], lag).max()
                 assert largest <= RADIUS * (lag / window) ** exponent * ROUNDING, (sequence, window, lag)
-    unlimited = np.cumsum(UPDATES, axis=1)  # else the bound would say nothing
-    assert [drift(positions, S).max() > RADIUS for positions in unlimited] == [True] * 7 + [False] * 2
+    for sequence, updates in SEQUENCES.items():  # else the bound would say nothing
+        unlimited = np.cumsum(np.clip(updates, -1e9, 1e9), axis=0)
+        assert (drift(unlimited, S).max() > RADIUS) == (sequence not in ("tiny and zero", "far inside")), sequence
 
 
 @pytest.mark.parametrize(("name", "exponent"), RULES)
@@ -132,17 +142,15 @@ def test_far_inside_and_without_a_window_nothing_is_touched(name, exponent):
     positions, scale = all_runs(name, exponent)
     inside = list(SEQUENCES).index("far inside")
     assert (scale[inside] == 1).all() and (scale[:, 0] == 1).all()
-    expected = np.array(jax.lax.scan(lambda x, u: (x + u, x + u), jnp.zeros(DIMENSION), UPDATES[inside])[1])
+    expected = np.array(jax.lax.scan(lambda x, u: (x + u, x + u), np.zeros(DIMENSION), UPDATES[inside])[1])
     assert (positions[inside, :, 1:] == expected).all()  # bit for bit
 
 
 def test_diffusive_runs_are_left_alone_where_the_path_rule_strangles_them():
     steps = np.random.default_rng(1).normal(size=(NUM_UPDATES, DIMENSION))
     steps *= 0.55 * RADIUS / np.sqrt(S) / np.linalg.norm(steps, axis=1, keepdims=True)  # rms drift over S: 0.55 R
-    windows = np.full((1, NUM_UPDATES), S, np.int32)
-    mean_scale = {
-        rule: np.asarray(runner(*rule)(steps[None], windows, np.array([RADIUS]))[1]).mean() for rule in (RULES[0], RULES[2])
-    }
+    windows = np.full((1, NUM_UPDATES), S)
+    mean_scale = {rule: run_many(rule, steps[None], windows)[1].mean() for rule in (RULES[0], RULES[2])}
     assert mean_scale["drift", 0.5] > 0.97
     np.testing.assert_allclose(mean_scale["path", 1.0], 1 / (0.55 * np.sqrt(S)), rtol=1e-6)  # R/w over ‖u‖
 
@@ -184,13 +192,12 @@ def test_rollouts_come_from_within_the_radius_when_the_maximum_is_passed(kind):
     assert distances.max() > 0.99 * RADIUS
 
 
-@pytest.mark.parametrize("name", LIMITS)
-def test_the_next_lag_is_enough_and_the_present_one_is_not(name):
+def test_the_next_lag_is_enough_and_the_present_one_is_not():
     """Versions of a periodic schedule never go back: the lag that comes is at most the present one + 1."""
     schedule = staleness.realised(SCHEDULES["periodic"])
     updates = np.tile(10 * np.eye(DIMENSION)[0], (2, NUM_UPDATES, 1))
-    positions, _ = runner(name, 0.5)(updates, np.stack([schedule[1:], schedule[:-1]]), np.full(2, RADIUS))
-    by_next, by_present = (from_behavior(as_vectors(jax.tree.map(lambda x, i=i: x[i], positions)), schedule) for i in (0, 1))
+    positions, _ = run_many(RULES[0], updates, [schedule[1:], schedule[:-1]])
+    by_next, by_present = (from_behavior(of_windows, schedule) for of_windows in positions)
     # an update before a synchronization has no window and may go anywhere, but nothing is read across it
     np.testing.assert_allclose(by_next[schedule == S], RADIUS, rtol=1e-11)
     assert by_next.max() <= RADIUS * (1 + 1e-11)
@@ -198,10 +205,10 @@ def test_the_next_lag_is_enough_and_the_present_one_is_not(name):
 
 
 def test_what_is_already_too_far_is_never_taken_farther_and_is_gone_after_a_window():
-    windows = np.where(np.arange(NUM_UPDATES) < 20, 1, S).astype(np.int32)  # grows by 4 at once
+    windows = np.where(np.arange(NUM_UPDATES) < 20, 1, S)  # grows by 4 at once
     for sequence in ("ballistic", "adversary", "there and back", "heavy tails"):
-        positions, _ = runner("drift", 0.5)(5 * SEQUENCES[sequence][None], windows[None], np.array([RADIUS]))
-        positions = as_vectors(jax.tree.map(lambda x: x[0], positions))
+        (positions,), _ = run_many(RULES[0], 5 * SEQUENCES[sequence][None], windows[None])
+        assert np.linalg.norm(positions[20] - positions[20 - S + 1]) > RADIUS
         for t in range(20, NUM_UPDATES):
             for lag in range(1, S + 1):
                 before = np.linalg.norm(positions[t] - positions[t + 1 - lag])
@@ -210,27 +217,25 @@ def test_what_is_already_too_far_is_never_taken_farther_and_is_gone_after_a_wind
                 assert t < 20 + S - 1 or after <= RADIUS * ROUNDING
 
 
-# -- special updates, dtypes -----------------------------------------------------------------------------------------------------
+# -- special updates, dtypes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_zero_and_non_finite_updates_pass_unchanged(name):
     optimizer = LIMITS[name](RADIUS, 2)
-    params = as_tree(jnp.zeros(DIMENSION))
+    params = as_tree(np.zeros(DIMENSION))
     update_fn = jax.jit(functools.partial(optimizer.update, staleness=2))
     for value in (0.0, np.nan, np.inf):
-        updates = as_tree(jnp.ones(DIMENSION).at[2].set(value) if value else jnp.zeros(DIMENSION))
+        updates = as_tree(np.r_[1.0, value, np.ones(4)] if value else np.zeros(DIMENSION))
         passed, state = update_fn(updates, optimizer.init(params), params)
         chex.assert_trees_all_equal(passed, updates)
         assert state[-1] == 1
-        after, _ = update_fn(as_tree(jnp.ones(DIMENSION)), state, params)
+        after, _ = update_fn(as_tree(np.ones(DIMENSION)), state, params)
         assert 0 < optax.tree.norm(after) <= RADIUS * ROUNDING  # and leave no trace
 
 
 @pytest.mark.parametrize("name", LIMITS)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)])
 def test_low_precision_parameters_keep_the_bound_up_to_one_rounding(name, dtype, tolerance):
     optimizer = LIMITS[name](RADIUS, 3)
     params = jnp.zeros(64, dtype)
@@ -248,29 +253,35 @@ def test_low_precision_parameters_keep_the_bound_up_to_one_rounding(name, dtype,
 
 
 def test_versions_may_be_kept_elsewhere_and_shorter():
-    params = as_tree(jnp.zeros(DIMENSION, jnp.float32))
+    params = as_tree(np.zeros(DIMENSION, np.float32))
     optimizer = limit_staleness_drift(RADIUS, 2, dtype=jnp.bfloat16, memory_kind="pinned_host")
     state = optimizer.init(params)
     assert state.params["w"].dtype == jnp.bfloat16 and state.params["w"].sharding.memory_kind == "pinned_host"
-    updates, state = optimizer.update(as_tree(jnp.ones(DIMENSION, jnp.float32)), state, params, staleness=2)
+    updates, state = jax.jit(optimizer.update)(as_tree(np.ones(DIMENSION, np.float32)), state, params, staleness=jnp.int32(2))
     assert state.params["w"].sharding.memory_kind == "pinned_host"
     np.testing.assert_allclose(optax.tree.norm(updates), RADIUS / np.sqrt(2), rtol=1e-6)
 
 
-# -- in optax ----------------------------------------------------------------------------------------------------------------------
+# -- in optax ------------------------------------------------------------------------------------------------------------------
 
 
-def minimize(optimizer, num_updates=24, every=1, **extra_args):
-    """Positions [T+1, 6] under a constant gradient, one for every `every`-th update."""
-    params = as_tree(jnp.arange(6.0))
-    state, positions = optimizer.init(params), [params]
-    update_fn = jax.jit(lambda g, s, p: optimizer.update(g, s, p, **extra_args))
-    gradient = as_tree(jnp.array([1.0, -2.0, 3.0, 0.5, 1.0, 0.1]))
-    for _ in range(num_updates):
-        updates, state = update_fn(gradient, state, params)
-        params = optax.apply_updates(params, updates)
-        positions.append(params)
-    return as_vectors(jax.tree.map(lambda *leaves: np.stack(leaves), *positions))[::every], state
+def minimize(optimizer, *choices, num_updates=24):
+    """Positions [T+1, 6] under a constant gradient, for each choice of extra arguments; one compilation."""
+    update_fn = jax.jit(optimizer.update)
+    gradient, trajectories = as_tree(np.array([1.0, -2.0, 3.0, 0.5, 1.0, 0.1])), []
+    for extra_args in choices:
+        params = as_tree(np.arange(6.0))
+        state, positions = optimizer.init(params), [params]
+        for _ in range(num_updates):
+            updates, state = update_fn(gradient, state, params, **extra_args)
+            params = optax.apply_updates(params, updates)
+            positions.append(params)
+        trajectories.append(as_vectors(jax.tree.map(lambda *leaves: np.stack(leaves), *positions)))
+    return trajectories
+
+
+def window(lag):
+    return {"staleness": jnp.int32(lag)}
 
 
 OPTIMIZERS = {
@@ -286,15 +297,16 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_bound_holds_after_any_optimizer(kind):
     every = 3 if kind == "multi steps" else 1
-    positions, _ = minimize(OPTIMIZERS[kind](limit_staleness_drift(RADIUS, 4)), every=every, staleness=4)
-    free, _ = minimize(OPTIMIZERS[kind](optax.identity()), every=every, staleness=4)
+    limited, free = minimize(OPTIMIZERS[kind](limit_staleness_drift(RADIUS, 4)), window(4), window(0))
+    limited, free = limited[::every], free[::every]
     assert drift(free, 4).max() > RADIUS
-    np.testing.assert_allclose(drift(positions, 4).max(), RADIUS, rtol=1e-12)
+    np.testing.assert_allclose(drift(limited, 4).max(), RADIUS, rtol=1e-12)
+    np.testing.assert_allclose(np.cross(limited[-1, :3] - limited[0, :3], free[-1, :3] - free[0, :3]), 0, atol=1e-12)
 
 
 def test_a_mask_limits_the_leaves_it_shows():
     masked = optax.masked(limit_staleness_drift(RADIUS, 4), {"w": True, "b": False})
-    positions, _ = minimize(optax.chain(optax.sgd(0.3), masked), staleness=4)
+    (positions,) = minimize(optax.chain(optax.sgd(0.3), masked), window(4))
     np.testing.assert_allclose(drift(positions[:, :4], 4).max(), RADIUS, rtol=1e-12)
     np.testing.assert_allclose(drift(positions[:, 4:], 1), 0.3 * np.hypot(1.0, 0.1))
 
@@ -303,25 +315,24 @@ def test_a_mask_limits_the_leaves_it_shows():
 def test_the_radius_may_be_scheduled(name):
     injected = optax.inject_hyperparams(LIMITS[name], static_args=("max_staleness",))
     limit = injected(radius=lambda count: jnp.where(count < 10, RADIUS, 2 * RADIUS), max_staleness=2)
-    positions, _ = minimize(optax.chain(optax.sgd(0.5), limit), staleness=2)
+    (positions,) = minimize(optax.chain(optax.sgd(0.5), limit), window(2))
     np.testing.assert_allclose(drift(positions, 2)[[5, 8, 15, 20]], RADIUS * np.array([1, 1, 2, 2]), rtol=1e-12)
 
 
-def test_lags_of_prompts_count_by_their_largest_and_an_infinite_radius_limits_nothing():
-    params, updates = as_tree(jnp.zeros(DIMENSION)), as_tree(jnp.ones(DIMENSION))
+def test_lags_of_prompts_count_by_their_largest_and_none_above_the_maximum():
+    optimizer = limit_staleness_path(RADIUS, 4)
+    state = optimizer.init(as_tree(np.zeros(DIMENSION)))
+    for lags, counted in [([0, 3, 1], 3), (np.array([3, 0]), 3), (jnp.array([1, 3]), 3), (3, 3), (jnp.int32(9), 4)]:
+        scaled, _ = optimizer.update(as_tree(np.ones(DIMENSION)), state, staleness=lags)
+        np.testing.assert_allclose(optax.tree.norm(scaled), RADIUS / counted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_infinite_radius_limits_nothing(rule):
+    _, scale = run_many(rule, UPDATES, np.full(UPDATES.shape[:2], S), radius=np.inf)
+    assert (scale == 1).all()
     for limit in LIMITS.values():
-        optimizer = limit(RADIUS, 4, exponent=1.0)
-
-        @jax.jit
-        def norms(state, traced, optimizer=optimizer):
-            every = ([0, 3, 1], np.array([3, 0]), traced, 3, 3 * traced)
-            return [optax.tree.norm(optimizer.update(updates, state, params, staleness=lags)[0]) for lags in every]
-
-        found = norms(optimizer.init(params), jnp.array([1, 3]))
-        np.testing.assert_allclose(found, RADIUS / np.array([3, 3, 3, 3, 4]), rtol=1e-12)
-        optimizer = limit(np.inf, 4)
-        scaled, _ = optimizer.update(updates, optimizer.init(params), params, staleness=4)
-        chex.assert_trees_all_equal(scaled, updates)
+        limit(np.inf, S)  # is no error
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -329,11 +340,11 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(name, tmp_pa
     import orbax.checkpoint as ocp
 
     optimizer = OPTIMIZERS["sgd"](LIMITS[name](RADIUS, 3, exponent=0.5))
-    params = as_tree(jnp.zeros(DIMENSION))
+    params = as_tree(np.zeros(DIMENSION))
     state = optimizer.init(params)
     update_fn = jax.jit(optimizer.update)
     for _ in range(5):  # the middle of a window
-        updates, state = update_fn(as_tree(jnp.ones(DIMENSION)), state, params, staleness=jnp.int32(3))
+        updates, state = update_fn(as_tree(np.ones(DIMENSION)), state, params, staleness=jnp.int32(3))
         params = optax.apply_updates(params, updates)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
@@ -341,30 +352,28 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(name, tmp_pa
         restored = checkpointer.restore(tmp_path / "state", jax.eval_shape(lambda: state))
     chex.assert_trees_all_equal(restored, state)
     states = (state, restored, optimizer.init(params))
-    expected, after, fresh = (
-        update_fn(as_tree(jnp.ones(DIMENSION)), s, params, staleness=jnp.int32(3))[0] for s in states
-    )
+    expected, after, fresh = (update_fn(as_tree(np.ones(DIMENSION)), s, params, staleness=jnp.int32(3))[0] for s in states)
     chex.assert_trees_all_equal(after, expected)
     assert optax.tree.norm(fresh) > 1.2 * optax.tree.norm(expected)  # the state matters
 
 
-# -- VCPO --------------------------------------------------------------------------------------------------------------------------
+# -- VCPO ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("exponent", "reference"), [(0.5, 1.0), (1.0, 1.0), (0.5, 0.4), (2.0, 0.8)])
 def test_the_learning_rate_follows_a_power_of_the_effective_sample_size(exponent, reference):
     ratio = 0.3
-    expected = 0.2 * (ratio / reference) ** exponent
-    scaled, _ = minimize(optax.chain(optax.adamw(0.2), scale_by_ess(exponent, reference=reference)), ess=ratio)
-    by_hand, _ = minimize(optax.adamw(expected))
-    np.testing.assert_allclose(scaled, by_hand, rtol=1e-12)
-    above, _ = minimize(optax.chain(optax.sgd(0.2), scale_by_ess(exponent, reference=reference)), 3, ess=1.0)
-    assert (above == minimize(optax.sgd(0.2), 3)[0]).all()
+    optimizer = optax.chain(optax.adamw(0.2), scale_by_ess(exponent, reference=reference))
+    params = as_tree(np.arange(6.0))
+    for ess, factor in [(ratio, (ratio / reference) ** exponent), (1.0, 1.0)]:
+        updates, _ = optimizer.update(params, optimizer.init(params), params, ess=ess)
+        expected, _ = optax.adamw(0.2 * factor).update(params, optimizer.init(params)[0], params)
+        chex.assert_trees_all_close(updates, expected, rtol=1e-12)
 
 
 def test_the_ratio_is_the_one_metrics_report():
     logprobs = np.log(np.array([[0.9], [0.1], [0.1], [0.1]]))
-    ratio = metrics.off_policy(logprobs, np.full((4, 1), np.log(0.3)))["off_policy/ess_ratio"]
+    ratio = jax.jit(metrics.off_policy)(logprobs, np.full((4, 1), np.log(0.3)))["off_policy/ess_ratio"]
     weights = np.exp(logprobs[:, 0])
     scaled, _ = scale_by_ess().update(jnp.ones(3), optax.EmptyState(), ess=ratio)
     np.testing.assert_allclose(scaled, np.sqrt(weights.sum() ** 2 / (4 * np.sum(weights**2))), rtol=1e-12)
@@ -372,7 +381,7 @@ def test_the_ratio_is_the_one_metrics_report():
     assert np.isnan(broken).all()
 
 
-# -- in this project's loop --------------------------------------------------------------------------------------------------------
+# -- in this project's loop ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_staleness", [None, 2, 0])
@@ -386,15 +395,13 @@ def test_an_update_step_passes_what_the_optimizer_asks_for(max_staleness):
 
     for _ in range(2):
         before = state.params
-        state, _ = update_step(
-            state, 1, lambda *_: jnp.ones(3), optimizer, max_staleness=max_staleness, extra_args_fn=ess_fn
-        )
+        state, _ = update_step(state, 1, lambda *_: jnp.ones(3), optimizer, max_staleness=max_staleness, extra_args_fn=ess_fn)
     window = 4 if max_staleness is None else max_staleness
     expected = RADIUS / window if window else np.sqrt(3 * 0.25 * 2)  # at step 1 the version is 0
     np.testing.assert_allclose(np.linalg.norm(state.params - before), expected, rtol=1e-12)
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------------------
+# -- errors --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", LIMITS.values())
@@ -445,6 +452,6 @@ def test_other_missing_things_are_named():
 
 
 def test_examples_run():
-    names = {"jnp": jnp, "optax": optax}
+    names = {"jax": jax, "jnp": jnp, "optax": optax}
     result = doctest.testmod(control, extraglobs=names)
     assert result.attempted > 0 and result.failed == 0
