@@ -126,8 +126,9 @@ def limit_staleness_path(
         Σ_{i<j} ‖u_{t−i}‖ ≤ R (j/w)^α    for every j = 1..w
 
     By the triangle inequality the drift obeys the same bound, and a ballistic run reaches it. A diffusive one is held √w times
-    as short as it need be. With α = 1 and a constant window this is ‖u_t‖ ≤ R/w. What to pass and what becomes of updates of 0,
-    of non-finite ones and of a growing window is as in `limit_staleness_drift`; the rounding of the parameters is not seen.
+    as short as it need be. With α = 1 and a constant window this is ‖u_t‖ ≤ R/w. What to pass and what becomes of updates of 0
+    and of non-finite ones is as in `limit_staleness_drift`. Where the window grows by more than 1 or the radius shrinks, c is 0
+    until the path fits again. The rounding of the parameters is not seen.
 
     Args:
       radius: R > 0; inf = no limit. An array where `optax.inject_hyperparams` schedules it.
