@@ -260,10 +260,16 @@ def _compile(case: experiment.Case) -> Callable:
         rewards = case.rewards(learner_params)
         return rewards | exact.off_policy(case.policy, learner_params, behavior_params, case.task)
 
+    def extra_args(learner_params, behavior_params, step, policy_version):
+        del step, policy_version
+        measures = exact.off_policy(case.policy, learner_params, behavior_params, case.task)
+        return {"ess": measures["off_policy/ess_ratio"]}
+
     return sweeps.training_grid(
         case.update_gradient(case.config["updates"]),
         observe,
         case.optimizer_fn,
+        extra_args_fn=extra_args,
         capacity=max(case.config["max_staleness"]) + 2,
         vectorize=case.config["vectorize"],
     )

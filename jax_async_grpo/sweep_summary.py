@@ -57,6 +57,7 @@ def boundary_record(
     rates = [cell["learning_rate"] for cell in cells]
     successes = np.array([[run.outcome == "success" for run in runs] for runs in found])
     boundary = _boundary(rates, successes, levels, confidence)
+    counts = [Counter(run.outcome for run in runs) for runs in found]
     return {
         "horizon": float(horizon if horizon is not None else cells[0]["steps"][-1]),
         "num_seeds": successes.shape[1],
@@ -68,9 +69,7 @@ def boundary_record(
         "reason": boundary.reason,
         "learning_rates": rates,
         "shares": successes.mean(axis=1).tolist(),
-        "outcomes": [
-            {kind: count[kind] for kind in OUTCOMES if count[kind]} for count in (Counter(r[0] for r in f) for f in found)
-        ],
+        "outcomes": [{kind: count[kind] for kind in OUTCOMES if count[kind]} for count in counts],
     }
 
 
@@ -98,8 +97,8 @@ def table(result: Mapping[str, Any]) -> str:
         interval = "[{:.3g}, {:.3g}]".format(*line["interval"]) if found else ""
         width = f"{line['width']:.2f}" if found else ""
         lines.append(
-            f"{line['case']:<14}{line['algorithm']:<14}{line['max_staleness']:>4}{line['horizon']:>7g}  {number:<10}{interval:<20}"
-            f"{width:<7}{_failures(line)}"
+            f"{line['case']:<14}{line['algorithm']:<14}{line['max_staleness']:>4}{line['horizon']:>7g}  {number:<10}"
+            f"{interval:<20}{width:<7}{_failures(line)}"
         )
     return "\n".join(lines)
 

@@ -127,6 +127,7 @@ def training_grid(
     optimizer_fn: Callable,
     *,
     capacity: int,
+    extra_args_fn: Callable | None = None,
     vectorize: bool = True,
     devices: list[jax.Device] | None = None,
 ) -> Callable:
@@ -137,6 +138,7 @@ def training_grid(
       observe_fn: `(learner_params, behavior_params)` -> {name: scalar}, measured at chosen steps.
       optimizer_fn: learning_rate -> optax transformation.
       capacity: K, at least the largest staleness + 2, since the gradient of the update before is computed again.
+      extra_args_fn: as in `update.update_step`; the optimizer also gets the largest lag of the run's schedule as `staleness`.
       vectorize: run the cells side by side (`vmap`, better for small policies) or in turn (`lax.map`).
       devices: the cells are spread over them, in equal shares; default all local devices.
 
@@ -163,6 +165,8 @@ def training_grid(
             optimizer_fn,
             capacity,
             measure,
+            max_staleness=jnp.max(schedule),
+            extra_args_fn=extra_args_fn,
         )[1]
 
     def share(params, learning_rates, schedules, keys, measure_steps):
@@ -231,12 +235,26 @@ def _no_lag(step):
     return jnp.zeros_like(step)
 
 
-def _trajectory(params, learning_rate, staleness_at, key, measure_steps, update_gradient_fn, optimizer_fn, capacity, measure):
+def _trajectory(
+    params,
+    learning_rate,
+    staleness_at,
+    key,
+    measure_steps,
+    update_gradient_fn,
+    optimizer_fn,
+    capacity,
+    measure,
+    **update_options,
+):
     """Updates up to each of the steps to measure at; (the last state, `measure(state, configured staleness)` stacked)."""
     optimizer = optimizer_fn(learning_rate)
 
     def advance(step, state):
-        return update_step(state, staleness_at(step), lambda *arguments: update_gradient_fn(key, *arguments), optimizer)[0]
+        def gradient_fn(*arguments):
+            return update_gradient_fn(key, *arguments)
+
+        return update_step(state, staleness_at(step), gradient_fn, optimizer, **update_options)[0]
 
     def visit(state, target):
         state = jax.lax.fori_loop(state.step, target.astype(state.step.dtype), advance, state)

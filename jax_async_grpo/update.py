@@ -65,7 +65,13 @@ def create_state(params: Params, optimizer: optax.GradientTransformation, capaci
 
 
 def update_step(
-    state: TrainState, staleness: jax.Array, gradient_fn: Callable, optimizer: optax.GradientTransformation
+    state: TrainState,
+    staleness: jax.Array,
+    gradient_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    *,
+    max_staleness: int | jax.Array | None = None,
+    extra_args_fn: Callable | None = None,
 ) -> tuple[TrainState, UpdateInfo]:
     """θ_{t+1} = θ_t + (optimizer step on H(θ_t, φ_t)), φ_t = θ_{t−min(s,t)} (arXiv 2607.01083).
 
@@ -74,14 +80,22 @@ def update_step(
       staleness: [] int, the configured s_t < K, learner updates.
       gradient_fn: `gradient_fn(learner_params, behavior_params, step, policy_version)` -> the gradient, ascent direction.
       optimizer: the optax transformation `create_state` got; it may hold a traced learning rate.
+      max_staleness: [] int, the largest lag of the schedule, which the optimizer gets as its extra argument `staleness`
+        (the realised lag of this update would say nothing about the next one); None = K − 1.
+      extra_args_fn: with the arguments of `gradient_fn` -> dict of further extra arguments, such as `ess`.
 
     Returns:
       (the state at step t + 1, UpdateInfo).
     """
     behavior_params, realised = staleness_lib.read(state.history, staleness)
-    gradient = gradient_fn(state.params, behavior_params, state.step, state.step - realised)
+    arguments = (state.params, behavior_params, state.step, state.step - realised)
+    gradient = gradient_fn(*arguments)
+    extra_args = {"staleness": state.history.capacity - 1 if max_staleness is None else max_staleness}
+    extra_args |= {} if extra_args_fn is None else extra_args_fn(*arguments)
     # optax descends
-    updates, opt_state = optimizer.update(optax.tree.scale(-1.0, gradient), state.opt_state, state.params)
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        optax.tree.scale(-1.0, gradient), state.opt_state, state.params, **extra_args
+    )
     params = optax.apply_updates(state.params, updates)
     history = staleness_lib.push(state.history, params)
     return TrainState(params, opt_state, history), UpdateInfo(gradient, behavior_params, realised)

@@ -150,7 +150,8 @@ def test_boundaries_are_read_off_the_records_at_any_horizon():
     assert whole["status"] == half["status"] == "found"
     assert 2 < whole["eta_80"] < 4 < half["eta_80"] < 8  # a shorter horizon forgives what falls later
     assert whole["outcomes"] == [{"success": 20}, {"success": 20}, {"fall": 20}, {"fall": 20}]
-    assert "2.8" in sweep_summary.table({"boundaries": [whole]}) and "fall 40" in sweep_summary.table({"boundaries": [whole]})
+    said = sweep_summary.table({"boundaries": [whole]})
+    assert f"{whole['eta_80']:.3g}" in said and "fall 40" in said
 
 
 @pytest.mark.parametrize(
@@ -202,8 +203,11 @@ def test_the_job_prints_the_plan_and_the_table(finished, tmp_path):
     records.write_json(tmp_path / "run" / "config.json", config)
     (tmp_path / "run" / "metrics.jsonl").write_bytes(data)  # as if it had run: only the table is left to make
     flags = dict(config=str(tmp_path / "config.py"), workdir=str(tmp_path / "run"))
-    for dry_run, expected in ((True, "4 chunks"), (False, "failures at higher eta")):
-        with flagsaver.as_parsed(**flags, dry_run=str(dry_run)), contextlib.redirect_stdout(io.StringIO()) as said:
+    for dry_run, expected in (("true", "4 chunks"), ("false", "failures at higher eta")):
+        with (
+            flagsaver.as_parsed(**flags, dry_run=dry_run, overwrite="false"),
+            contextlib.redirect_stdout(io.StringIO()) as said,
+        ):
             assert launch_sweep.main() == 0
         assert expected in said.getvalue()
     assert scaling.OUTCOMES[0] == "success" and (tmp_path / "run" / "summary.json").exists()
