@@ -24,6 +24,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 POLICIES = {
     "tabular": policies.tabular(V, 3, init_scale=1.0),
     "linear": policies.linear(V, 4, num_features=60, init_scale=0.5),
+    "mlp": policies.mlp(V, 4, width=16),
     "decoder": policies.decoder(V, num_layers=1, width=16, num_heads=2, dtype=jnp.float64),
     "deep": policies.decoder(V, num_layers=2, width=8, num_heads=1, dtype=jnp.float64),
 }
@@ -45,7 +46,7 @@ PROMPTS = np.random.default_rng(0).integers(0, V, (3, P))
 PROMPT_MASK = np.arange(P) >= np.array([[0], [3], [1]])
 
 
-@pytest.fixture(params=["tabular", "linear", "decoder"])
+@pytest.fixture(params=["tabular", "linear", "mlp", "decoder"])
 def name(request):
     return request.param
 
@@ -417,6 +418,19 @@ def test_all_products_make_linear_as_free_as_tabular():
     hidden = np.asarray(jit(policy.apply)(params, tokens)[0][:, 1])
     assert np.linalg.matrix_rank(hidden) == V * V
     np.testing.assert_array_equal(hidden.sum(axis=1), 4.0)  # bias, two tokens, one product
+
+
+def test_mlp_looks_up_what_one_hots_would_multiply():
+    policy = policies.mlp(V, 2, width=5)
+    params, tokens = policy.init(jax.random.key(2)), np.array([[1, 3, 0]])
+    params["bias"] = params["bias"] + 0.1
+    one_hots = np.zeros((3, 2 * (V + 1)))
+    for n, newest, before in ((0, 1 + 1, 0), (1, 3 + 1, 1 + 1), (2, 0 + 1, 3 + 1)):
+        one_hots[n, newest] = one_hots[n, V + 1 + before] = 1
+    expected = np.tanh(one_hots @ np.asarray(params["hidden"]) + 0.1)
+    np.testing.assert_allclose(policy.apply(params, tokens)[0][0], expected, rtol=1e-12)
+    with pytest.raises(ValueError, match="keeps no cache"):
+        policy.apply(params, tokens, cache=())
 
 
 def test_linear_products_depend_on_the_seed_alone():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jax_async_grpo.policies.adapters import from_logits, from_nnx
 from jax_async_grpo.policies.decoder import decoder
-from jax_async_grpo.policies.features import linear, tabular
+from jax_async_grpo.policies.features import linear, mlp, tabular
 from jax_async_grpo.policies.logprobs import completion_logprobs, token_logprobs
 from jax_async_grpo.policies.visibility import visibility
 
@@ -14,6 +14,7 @@ __all__ = [
     "from_logits",
     "from_nnx",
     "linear",
+    "mlp",
     "tabular",
     "token_logprobs",
     "visibility",

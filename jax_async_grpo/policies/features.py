@@ -1,4 +1,4 @@
-"""Policies without layers: a free logit for every (context, token), and a linear map of features of the context.
+"""Policies without attention: a free logit for every (context, token), a linear map of features of it, a hidden layer.
 
 The context of a token is its last `context_length` *visible* tokens, itself included: the k-th last token of n is the visible
 token whose position is positions[n] − k + 1. Read this way it is right under padding, packing and a tree of prefixes.
@@ -17,7 +17,7 @@ from jax_async_grpo.policies.sizes import check_dtype, check_sizes
 from jax_async_grpo.policies.visibility import visibility
 from jax_async_grpo.types import Policy
 
-__all__ = ["linear", "tabular"]
+__all__ = ["linear", "mlp", "tabular"]
 
 
 def tabular(vocab_size: int, context_length: int, *, init_scale: float = 0.0, initial_logits=None, dtype=None) -> Policy:
@@ -114,6 +114,53 @@ def linear(
         return features(context, params["table"].dtype), None
 
     return Policy(_table_init(num_features, vocab_size, init_scale, dtype), apply, lambda params: params["table"])
+
+
+def mlp(vocab_size: int, context_length: int, *, width: int = 32, dtype=None) -> Policy:
+    """A softmax policy with one hidden layer over the one-hots of the context: h = tanh(f W + b), z = h U.
+
+    The smallest policy here that is nonlinear in its parameters: like a transformer, and unlike `linear`, it can be driven to
+    where its hidden units saturate and learning ends.
+
+    Args:
+      vocab_size: V.
+      context_length: tokens of context, c; f are the c·(V+1) one-hots of `linear`.
+      width: D, hidden units.
+      dtype: of the parameters; None is JAX's default float.
+
+    Returns:
+      Policy with params {"hidden": [c·(V+1), D], "bias": [D], "unembedding": [D, V]}: normal with standard deviation
+      1/√c (c of the inputs are 1) and 1/√D, the bias 0.
+
+    Raises:
+      ValueError: sizes that are no integers of at least 1, another dtype than a floating one, (when applied) a cache.
+
+    Example:
+      >>> mlp(vocab_size=4, context_length=2, width=8).init(jax.random.key(0))["hidden"].shape
+      (10, 8)
+    """
+    _check_sizes(vocab_size, context_length, 0.0, dtype)
+    check_sizes(width=width)
+    num_codes = vocab_size + 1
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        chosen = jnp.zeros(()).dtype if dtype is None else jnp.dtype(dtype)
+        hidden_key, output_key = jax.random.split(key)
+        return {
+            "hidden": context_length**-0.5 * jax.random.normal(hidden_key, (context_length * num_codes, width), chosen),
+            "bias": jnp.zeros(width, chosen),
+            "unembedding": width**-0.5 * jax.random.normal(output_key, (width, vocab_size), chosen),
+        }
+
+    def apply(params, tokens, *, positions=None, segment_ids=None, attention_mask=None, cache=None):
+        if cache is not None:
+            raise ValueError("cache must be None: an mlp policy keeps no cache")
+        sees = visibility(tokens, segment_ids=segment_ids, attention_mask=attention_mask)
+        context = _last_tokens(tokens, positions, sees, context_length, vocab_size)
+        rows = jnp.asarray(params["hidden"])[context + num_codes * jnp.arange(context_length)]  # f W, looked up
+        return jnp.tanh(rows.sum(axis=-2) + params["bias"]), None
+
+    return Policy(init, apply, lambda params: params["unembedding"])
 
 
 def _table_init(num_rows: int, vocab_size: int, init_scale: float, dtype, initial_logits=None) -> Callable:
