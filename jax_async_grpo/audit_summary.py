@@ -6,7 +6,6 @@ oracle refused stands below with the reason.
 
 from __future__ import annotations
 
-import html
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,17 +19,19 @@ from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from jax_async_grpo.audit import finished_entries
+from jax_async_grpo.html_report import Items, Page, Section, Table, write_page
 from jax_async_grpo.records import atomic_path, write_text
 
 __all__ = [
     "LEGEND",
     "bias_variance_figure",
     "curves_figure",
-    "html_page",
     "lines",
     "markdown_table",
     "refused",
+    "sections",
     "summary",
+    "title",
     "write_report",
 ]
 
@@ -113,36 +114,29 @@ def markdown_table(table: Sequence[Row], *, limit: int | None = None) -> str:
     return tabulate([_cells(line) for line in table[:limit]], list(_COLUMNS.values()), tablefmt="github", disable_numparse=True)
 
 
-def html_page(table: Sequence[Row], refusals: Sequence[Row], title: str) -> str:
-    """The whole table as one page without outside resources."""
-    body = tabulate([_cells(line) for line in table], list(_COLUMNS.values()), tablefmt="html", disable_numparse=True)
-    below = "".join(
-        f"<h2>{html.escape(heading)}</h2><ul>"
-        + "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(note)}</li>" for name, note in notes)
-        + "</ul>"
-        for heading, notes in _notes(table, refusals)
-    )
-    style = (
-        "body{font:14px system-ui,sans-serif;margin:2em;max-width:75em}table{border-collapse:collapse}"
-        "th{position:sticky;top:0;background:#fff}td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ddd}"
-        "td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}"
-    )
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
-        f"<h1>{html.escape(title)}</h1><p>{html.escape(LEGEND)}</p>{body}{below}</html>\n"
-    )
+def sections(table: Sequence[Row], refusals: Sequence[Row]) -> list[Section]:
+    """The whole table, what its columns mean and what is not in it, as sections of a page."""
+    legend = Items([tuple(column.split(": ", 1)) for column in LEGEND.split(" · ")])
+    ranked = Table(list(_COLUMNS.values()), [_cells(line) for line in table])
+    below = [Section(heading, [Items(notes)]) for heading, notes in _notes(table, refusals)]
+    return [Section("Every loss and correction", [ranked]), Section("Columns", [legend]), *below]
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """What the audit is called, from its summary."""
+    at = result["ranked_at"]
+    return f"Staleness bias of policy losses at S = {at['max_staleness']}, η = {at['learning_rate']:g}"
 
 
 def write_report(rows: Sequence[Row], result: Mapping[str, Any], folder: os.PathLike) -> list[str]:
     """Writes audit.md, audit.html and, once an entry is finished, the two figures; returns the names of the files."""
-    at = result["ranked_at"]
-    title = f"Staleness bias of policy losses at S = {at['max_staleness']}, η = {at['learning_rate']:g}"
     table, refusals = result["table"], result["refused"]
-    text = [f"# {title}", "", LEGEND, "", markdown_table(table), ""]
+    text = [f"# {title(result)}", "", LEGEND, "", markdown_table(table), ""]
     for heading, notes in _notes(table, refusals):
         text += [f"{heading}:", "", *(f"- `{name}`: {note}" for name, note in notes), ""]
     write_text(os.path.join(folder, "audit.md"), "\n".join(text))
-    write_text(os.path.join(folder, "audit.html"), html_page(table, refusals, title))
+    page = Page(title(result), "Exact, ordered by relative bias.", sections(table, refusals))
+    write_page(page, os.path.join(folder, "audit.html"))
     if not table:
         return ["audit.md", "audit.html"]
     bias_variance_figure(table, os.path.join(folder, "bias_variance.png"))

@@ -14,7 +14,7 @@ from jax_async_grpo import scaling
 from jax_async_grpo.bias_run import finished_chunks, has_min_cycles
 from jax_async_grpo.experiment import chunks
 
-__all__ = ["cells", "fits", "summary", "text_report"]
+__all__ = ["PREDICTIONS", "cells", "fits", "radii", "summary", "text_report"]
 
 Row = Mapping[str, Any]
 
@@ -31,7 +31,7 @@ _CELL_KEYS = (
     "seed",
 )
 
-_PREDICTIONS = {
+PREDICTIONS = {
     "drift": "drift of the same cells",
     "msd": "sqrt(MSD) of runs without lag",
     "response_msd": "first-order law along runs without lag, same seeds",
@@ -126,7 +126,7 @@ def text_report(result: Mapping[str, Any]) -> str:
         for name, prediction in fit["predictions"].items():
             low, high = prediction["difference_interval"]
             lines.append(
-                f"    {_PREDICTIONS[name]:<52} {prediction['staleness_exponent']:.3f}  [{low:+.3f}, {high:+.3f}]"
+                f"    {PREDICTIONS[name]:<52} {prediction['staleness_exponent']:.3f}  [{low:+.3f}, {high:+.3f}]"
                 f"{'  rejected' if prediction['rejected'] else ''}"
             )
         if any(fit["predictions"].get(name, {}).get("rejected") for name in ("drift", "msd")):
@@ -149,7 +149,7 @@ def text_report(result: Mapping[str, Any]) -> str:
         if limit is None:
             lines.append(f"  {case:<28} not measured: nothing moved")
             continue
-        lines += [f"  {case:<28} {limit['staleness_budget']}", f"  {'':<28} {_radii(limit)}"]
+        lines += [f"  {case:<28} {limit['staleness_budget']}", f"  {'':<28} {radii(limit)}"]
     return "\n".join(lines)
 
 
@@ -308,7 +308,8 @@ def _local(local: Mapping[str, Any]) -> str:
     return f"{low}-{high} {local['exponent']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
-def _radii(limit: Mapping[str, Any]) -> str:
+def radii(limit: Mapping[str, Any]) -> str:
+    """G_upd and the two radii of a case's limit in words, which say where one was not reached or not measured."""
     clip, critical, collapse = limit["batch_clip_radius"], limit["critical_drift_radius"], limit["collapse"]
     if clip is None:
         batch = "R_batch not measured"

@@ -210,7 +210,7 @@ def open_workdir(
     """Creates or reopens the folder of a run and writes its config.json.
 
     The same config again resumes: metrics.jsonl stays. Another config is refused unless `overwrite`, which removes the files
-    of the job (metrics.jsonl, summary.json and `figures`) and no others, whatever else lies in the folder.
+    of the job (metrics.jsonl, summary.json, report.html and `figures`) and no others, whatever else lies in the folder.
 
     Args:
       path: the folder; parents are created.
@@ -232,7 +232,7 @@ def open_workdir(
         path.mkdir(parents=True, exist_ok=True)
         resumed = not overwrite and _holds_same_run(path, json.loads(text), figures)
         if overwrite:
-            for name in ("metrics.jsonl", "summary.json", *figures):
+            for name in ("metrics.jsonl", "summary.json", "report.html", *figures):
                 (path / name).unlink(missing_ok=True)
         write_json(path / "config.json", config)  # on resuming too: it proves that the folder can be written
     except OSError as error:

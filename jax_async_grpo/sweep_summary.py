@@ -10,7 +10,7 @@ import numpy as np
 
 from jax_async_grpo.scaling import OUTCOMES, Boundary, CollapseRule, RunOutcome, classify_runs, stable_learning_rate
 
-FIGURES = ("sweep.png",)
+FIGURES = ("sweep.png", "sweep.svg")
 
 __all__ = ["FIGURES", "boundary_record", "fates", "groups", "summary", "table"]
 

@@ -13,7 +13,7 @@ from jax_async_grpo import audit, audit_summary, records
 from launch import command_line
 
 flags.adopt_module_key_flags(command_line)  # --help shows them
-_WRITTEN = ("audit.jsonl", "audit.md", "audit.html", "bias_variance.png", "curves.png")
+_WRITTEN = ("audit.jsonl", "audit.md", "audit.html", "bias_variance.png", "curves.png", "bias_variance.svg", "curves.svg")
 
 
 def main() -> int:

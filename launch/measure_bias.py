@@ -27,7 +27,7 @@ def main() -> int:
         print(experiment.describe(config, cases))
         return 0
     workdir = records.open_workdir(
-        command_line.WORKDIR.value, config, overwrite=command_line.OVERWRITE.value, figures=("bias.png",)
+        command_line.WORKDIR.value, config, overwrite=command_line.OVERWRITE.value, figures=("bias.png", "bias.svg")
     )
     code, stopped = 0, ""
     with command_line.progress(len(experiment.chunks(config)), "chunk") as tell:

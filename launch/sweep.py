@@ -9,7 +9,7 @@ import sys
 
 from absl import flags
 
-from jax_async_grpo import invariants, records, sweep_run, sweep_summary
+from jax_async_grpo import invariants, records, sweep_figure, sweep_run, sweep_summary
 from launch import command_line
 
 flags.adopt_module_key_flags(command_line)  # --help shows them
@@ -43,7 +43,11 @@ def main() -> int:
 def _report(config: dict, workdir: records.Workdir) -> None:
     result = sweep_summary.summary(workdir.read_metrics(), config, records.versions())
     workdir.write_summary(result)
-    print(sweep_summary.table(result), "", workdir.path / "summary.json", sep="\n")
+    written = [workdir.path / "summary.json"]
+    if result["boundaries"]:
+        written += [workdir.path / name for name in sweep_summary.FIGURES]
+        sweep_figure.sweep_figure(result, written[1])
+    print(sweep_summary.table(result), "", *written, sep="\n")
 
 
 if __name__ == "__main__":

@@ -67,9 +67,12 @@ FLOORS = {
         "bias_run",
         "bias_summary",
         "checkpoint",
+        "html_report",
         "records",
         "report",
+        "run_pages",
         "studies",
+        "sweep_figure",
     },
 }
 GROUND = {"types", "masked"}  # what everything else stands on: these import nothing of the package but each other

@@ -20,6 +20,7 @@ __all__ = ["finished_pieces", "load_study", "page_text", "read_sources", "run_pi
 
 _FUNCTIONS = ("validate", "pieces", "run", "summary", "page", "figures")
 _FIGURE_SCHEME = "figures:"  # the page cannot know where it will lie
+_UNDATED = {".png": {"Software": None}, ".svg": {"Date": None}}  # what would differ between two drawings of one figure
 
 Rows = list[dict[str, Any]]
 
@@ -124,11 +125,26 @@ def page_text(study: ModuleType, summary: Mapping[str, Any], figures: str) -> st
     return study.page(summary).replace(f"]({_FIGURE_SCHEME}", f"]({prefix}").rstrip("\n") + "\n"
 
 
-def save_figure(figure: Figure, folder: os.PathLike, name: str) -> list[Path]:
-    """Writes name.png and name.svg; the same figure gives the same bytes, so that they change with its numbers only."""
-    canvas, paths = FigureCanvasAgg(figure), [Path(folder) / f"{name}.{suffix}" for suffix in ("png", "svg")]
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        for path, metadata in zip(paths, ({"Software": None}, {"Date": None}), strict=True):
+def save_figure(
+    figure: Figure,
+    folder: os.PathLike,
+    name: str,
+    *,
+    formats: Sequence[str] = ("png", "svg"),
+    outlines: bool = False,
+) -> list[Path]:
+    """Writes name.png and name.svg; the same figure gives the same bytes, so that they change with its numbers only.
+
+    Args:
+      figure: to be drawn.
+      folder: where the files go.
+      name: of the files, without suffix.
+      formats: which of the two.
+      outlines: letters of the SVG are shapes, so that formulas look the same in every viewer; else text, and smaller.
+    """
+    canvas, paths = FigureCanvasAgg(figure), [Path(folder) / f"{name}.{suffix}" for suffix in formats]
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "path" if outlines else "none"}):
+        for path in paths:
             with records.atomic_path(path) as temporary:
-                canvas.figure.savefig(temporary, format=path.suffix[1:], dpi=110, metadata=metadata)
+                canvas.figure.savefig(temporary, format=path.suffix[1:], dpi=110, metadata=_UNDATED[path.suffix])
     return paths
