@@ -149,7 +149,7 @@ def text_report(result: Mapping[str, Any]) -> str:
         if limit is None:
             lines.append(f"  {case:<28} not measured: nothing moved")
             continue
-        lines += [f"  {case:<28} {limit['staleness_budget']}", f"  {'':<28} {radii(limit)}"]
+        lines += [f"  {case:<28} {limit['staleness_budget']}", f"  {'':<28} {', '.join(radii(limit))}"]
     return "\n".join(lines)
 
 
@@ -308,8 +308,8 @@ def _local(local: Mapping[str, Any]) -> str:
     return f"{low}-{high} {local['exponent']:.2f}" + (f" [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else "")
 
 
-def radii(limit: Mapping[str, Any]) -> str:
-    """G_upd and the two radii of a case's limit in words, which say where one was not reached or not measured."""
+def radii(limit: Mapping[str, Any]) -> tuple[str, str, str]:
+    """G_upd, R_batch and R_crit of a case's limit in words, which say where one was not reached or not measured."""
     clip, critical, collapse = limit["batch_clip_radius"], limit["critical_drift_radius"], limit["collapse"]
     if clip is None:
         batch = "R_batch not measured"
@@ -325,4 +325,4 @@ def radii(limit: Mapping[str, Any]) -> str:
         how = "" if collapse["finite"] else ", not finite"
         radius = "not known" if critical is None else f"{critical:.3g}"
         crit = f"R_crit {radius} (update {collapse['collapse_step']} of a run without lag{how})"
-    return f"G_upd {limit['update_norm']:.3g}, {batch}, {crit}"
+    return f"G_upd {limit['update_norm']:.3g}", batch, crit

@@ -151,7 +151,7 @@ def _data_uri(path: Path) -> str:
 
 def _markdown(part: Markdown) -> Markup:
     """HTML of the part; raw HTML in it is shown as text, so that the result is as safe as what is escaped."""
-    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    parser = MarkdownIt("commonmark", {"html": False, "xhtmlOut": False}).enable("table")
     tokens = parser.parse(part.text)
     for token in tokens:
         if token.children:

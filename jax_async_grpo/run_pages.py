@@ -8,6 +8,7 @@ run gets a page of what is there, which says first what is missing.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,9 +63,7 @@ def page_of_run(folder: str | os.PathLike) -> Page:
     try:
         page = _BUILDERS[kind](folder, config, rows, versions)
     except KeyError as error:
-        raise ValueError(
-            f"workdir={folder} has no {error} where this version of the package has it; run the job again"
-        ) from error
+        raise ValueError(f"workdir={folder} lacks {error}: a run of another version of the package; run it again") from error
     what = _what_was_run(kind, folder, config, versions)
     return Page(page.title, page.lead, [*page.sections, what], page.warnings)
 
@@ -232,7 +231,7 @@ def _bias_tables(result: Record) -> list[Section]:
         for case, found in responses
     ]
     limits = [
-        [case, limit["staleness_budget"], bias_summary.radii(limit)]
+        [case, limit["staleness_budget"], ", ".join(bias_summary.radii(limit))]
         for case, limit in result["stability_limit"].items()
         if limit
     ]
@@ -269,8 +268,15 @@ def _bias_limits(result: Record, cells: Rows, config: Record) -> Iterable[tuple[
                 yield f"{case}, {updates} updates", "no exponents: too few runs in the window, S, η or seeds."
         if not result["linear_response_error"].get(case):
             yield f"{case}, first-order law", "not measured."
-        if not result["stability_limit"].get(case):
+        limit = result["stability_limit"].get(case)
+        if not limit:
             yield f"{case}, limit", "not measured: not reached yet, or nothing moved."
+            continue
+        _, batch, critical = bias_summary.radii(limit)
+        if limit["batch_clip_radius"] in (None, math.inf):
+            yield f"{case}, staleness limit", batch
+        if limit["critical_drift_radius"] in (None, math.inf):
+            yield f"{case}, horizon limit", critical
 
 
 def _audit_page(folder: Path, config: Record, rows: Rows, versions: Record) -> Page:
