@@ -19,7 +19,7 @@ from matplotlib.ticker import LogFormatter
 from tabulate import tabulate
 
 from jax_async_grpo.audit import finished_entries
-from jax_async_grpo.html_report import Items, Page, Section, Table, write_page
+from jax_async_grpo.html_report import Items, Page, Section, Table, Text, write_page
 from jax_async_grpo.records import atomic_path, write_text
 
 __all__ = [
@@ -117,7 +117,7 @@ def markdown_table(table: Sequence[Row], *, limit: int | None = None) -> str:
 def sections(table: Sequence[Row], refusals: Sequence[Row]) -> list[Section]:
     """The whole table, what its columns mean and what is not in it, as sections of a page."""
     legend = Items([tuple(column.split(": ", 1)) for column in LEGEND.split(" · ")])
-    ranked = Table(list(_COLUMNS.values()), [_cells(line) for line in table])
+    ranked = Table(list(_COLUMNS.values()), [_cells(line) for line in table]) if table else Text("None is finished yet.")
     below = [Section(heading, [Items(notes)]) for heading, notes in _notes(table, refusals)]
     return [Section("Every loss and correction", [ranked]), Section("Columns", [legend]), *below]
 

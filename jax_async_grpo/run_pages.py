@@ -136,7 +136,7 @@ def _bias_page(folder: Path, config: Record, rows: Rows, versions: Record) -> Pa
         title="Staleness bias of the GRPO gradient",
         lead=f"How far the gradient of stale rollouts, H(θ,φ), is from the fresh one, H(θ,θ), measured exactly in {len(cells)} "
         f"runs over staleness S (learner updates) and learning rate η; {result['seconds']:.0f} s of measurement. Largest bias "
-        f"of the controls without staleness: {_shown(result['max_bias_without_staleness'])} (0 is right).",
+        f"of the controls without staleness: {_control(result['max_bias_without_staleness'])}.",
         sections=[*sections, _limits(_bias_limits(result, cells, config), "docs/measure_bias.md")],
         warnings=_warnings([chunk.name for chunk in chunks if chunk.name not in done], len(chunks), "chunks"),
     )
@@ -287,7 +287,7 @@ def _audit_page(folder: Path, config: Record, rows: Rows, versions: Record) -> P
         title=audit_summary.title(result),
         lead=f"{len(table)} lines, each a loss alone or beside a correction, measured exactly at the same stale points and "
         f"ranked by relative bias at S = {at['max_staleness']} updates, η = {at['learning_rate']:g}. Largest bias of the "
-        f"controls at S = 0: {_shown(result['control_bias'])} (0 is right).",
+        f"controls at S = 0: {_control(result['control_bias'])}.",
         sections=[
             *([Section("Figures", pictures)] if pictures else []),
             *audit_summary.sections(table, result["refused"]),
@@ -478,6 +478,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_shown, value)) + "]"
     return str(value)
+
+
+def _control(value: float | None) -> str:
+    return "not measured yet" if value is None else f"{value:.4g} (0 is right)"
 
 
 def _interval(interval: Sequence[float]) -> str:

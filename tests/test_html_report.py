@@ -340,6 +340,10 @@ def test_an_audits_page_ranks_refuses_and_says_what_is_missing(tmp_path):
     assert "1 of 4 lines are missing (sapo/none)" in page.warnings[0]
     assert page.images == [(folder / f"{name}.svg").read_bytes() for name in ("bias_variance", "curves")]
     assert (folder / "curves.png").exists() and not (folder / "audit.html").exists()
+    assert "controls at S = 0: 0 (0 is right)" in page.text
+    (folder / audit.RECORDS).unlink()
+    page = read(run_pages.page_of_run(folder))
+    assert "4 of 4 lines are missing" in page.warnings[0] and "None is finished yet." in page.text and page.images == []
 
 
 def test_an_audit_of_a_loss_that_is_not_here_is_shown_all_the_same(tmp_path):

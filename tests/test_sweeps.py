@@ -210,4 +210,5 @@ def test_the_job_prints_the_plan_and_the_table(finished, tmp_path):
         ):
             assert launch_sweep.main() == 0
         assert expected in said.getvalue()
-    assert scaling.OUTCOMES[0] == "success" and (tmp_path / "run" / "summary.json").exists()
+    written = ("summary.json", *sweep_summary.FIGURES)
+    assert scaling.OUTCOMES[0] == "success" and all((tmp_path / "run" / name).exists() for name in written)
