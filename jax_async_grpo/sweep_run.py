@@ -1,7 +1,7 @@
 """Sweeps of whole training runs over (S, η, seed, loss): from a config to chunks of runs, and from chunks to records.
 
 Records in metrics.jsonl, one JSON object a line: "start" (once per case: the reward before the first update and the best there
-is), "cell" (all seeds of one (case, algorithm, schedule, S, η)) and "chunk" (written last, so that a chunk without it does not
+is), "cell" (all seeds of one X
 count). A shorter horizon is read off the same run, so horizons cost nothing. Records depend on the config alone: a sweep
 that was killed and continued ends with the same bytes.
 """
@@ -59,7 +59,8 @@ _CASE_KEYS = (
     "num_seeds",
     "vectorize",
 )
-_DIGITS = 4  # of a recorded number
+_REWARD_DIGITS, _DIGITS = 4, 3  # of recorded numbers: records are kept, and what is sampled is not known any better
+_LEFT_OUT = ("staleness/realised", "drift/cumulative")  # in no rule; they would make the records longer
 _INVARIANT_TOLERANCE = 0.0  # both are exact statements
 
 
@@ -148,7 +149,7 @@ def describe(config: Mapping[str, Any]) -> str:
 
 def finished_chunks(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """Names of the chunks whose records are complete."""
-    return {row["chunk"] for row in rows if row["kind"] == "chunk"}
+    return {row["piece"] for row in rows if row["kind"] == "piece"}
 
 
 def build_case(config: Mapping[str, Any], name: str, algorithm: str) -> experiment.Case:
@@ -191,11 +192,11 @@ def run_chunks(config: Mapping[str, Any], workdir: Workdir, on_chunk: Callable[[
             case, built = build_case(config, chunk.case, chunk.algorithm), (chunk.case, chunk.algorithm)
             program = _compile(case)
         if chunk.case not in started:
-            workdir.append_metrics([_start_row(case)])
+            workdir.append_metrics([_start_row(case) | {"piece": chunk.name}])
             started.add(chunk.case)
         curves = program(case.params, *_inputs(config, case, chunk))
         _check(chunk, curves.violations, _measure_steps(case.config))
-        workdir.append_metrics([*_rows(case, chunk, curves), {"kind": "chunk", "chunk": chunk.name}])
+        workdir.append_metrics([*_rows(case, chunk, curves), {"kind": "piece", "piece": chunk.name}])
         on_chunk(chunk.name, time.perf_counter() - start)
 
 
@@ -335,17 +336,18 @@ def _row(case, chunk, curves, cell) -> dict[str, Any]:
         del series["gold_reward"]
     steps, lags = _measure_steps(part), _recorded_lags(cell.max_staleness)
     msd = curves.msd[:, steps >= max(lags), :][:, :, lags].mean(axis=1)
-    windowed = {name: _window_means(value, part["num_windows"]) for name, value in values.items()}
+    kept = {name: value for name, value in values.items() if name not in _LEFT_OUT}
+    windowed = {name: _window_means(value, part["num_windows"]) for name, value in kept.items()}
     return {
         "kind": "cell",
-        "chunk": chunk.name,
+        "piece": chunk.name,
         "case": case.name,
         "algorithm": chunk.algorithm,
         "schedule": cell.schedule,
         "max_staleness": cell.max_staleness,
         "learning_rate": chunk.learning_rate,
         "steps": steps.tolist(),
-        **{name: _rounded(value) for name, value in series.items()},
+        **{name: _rounded(value, _REWARD_DIGITS) for name, value in series.items()},
         "window_ends": steps[len(steps) // part["num_windows"] - 1 :: len(steps) // part["num_windows"]].tolist(),
         "windows": {name: _rounded(value) for name, value in windowed.items()},
         "msd_lags": lags,
@@ -364,8 +366,8 @@ def _window_means(values: np.ndarray, num_windows: int) -> np.ndarray:
     return values.reshape(len(values), num_windows, -1).mean(axis=-1)
 
 
-def _rounded(values: np.ndarray) -> list:
-    """Nested lists of floats of four digits: records are kept, and a sampled reward is not known any better."""
+def _rounded(values: np.ndarray, digits: int = _DIGITS) -> list:
+    """Nested lists of floats of so many digits."""
     if values.ndim > 1:
-        return [_rounded(row) for row in values]
-    return [float(f"{value:.{_DIGITS}g}") for value in values]
+        return [_rounded(row, digits) for row in values]
+    return [float(f"{value:.{digits}g}") for value in values]
