@@ -63,7 +63,7 @@ _BEYOND_KEYS = (
     "shown_staleness",
     "shown_updates",
 )
-_MATRIX_FREE_KEYS = ("losses", "decay", "max_staleness", "task_options", "num_features", "ratio")
+_MATRIX_FREE_KEYS = ("losses", "decay", "max_staleness", "task_options", "num_features", "num_eigenvalues", "ratio")
 _TOLERANCE_KEYS = ("fixed", "periodic", "random", "companion", "matrix_free", "scalar", "falling_slope", "flat_slope")
 _AT_REST = 1e-6  # logits
 
@@ -371,7 +371,7 @@ def _matrix_free_rows(config, loss: str) -> list[Row]:
     rows = []
     for s in part["max_staleness"]:
         dense = companion_threshold(*matrices, s, low=1e-3 * alone, high=alone, ratio=part["ratio"])
-        free = delay_stability_matrix_free(learner, behavior, n, s).max_learning_rate
+        free = delay_stability_matrix_free(learner, behavior, n, s, num_eigenvalues=part["num_eigenvalues"]).max_learning_rate
         row = {"kind": "matrix_free", "loss": loss, "decay": part["decay"], "max_staleness": s, "num_params": n}
         rows.append(row | {"num_active": len(matrices[0]), "dense": min(dense, alone), "matrix_free": free})
     return rows
