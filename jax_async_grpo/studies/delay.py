@@ -29,7 +29,21 @@ from jax_async_grpo.studies.contract import run_pieces
 from jax_async_grpo.studies.delay_page import figures, page, summary
 from jax_async_grpo.studies.delay_simulation import lag_table, make_growth_rates, make_trajectories, simulated_thresholds
 
-__all__ = ["figures", "page", "pieces", "run", "summary", "validate"]
+__all__ = [
+    "Case",
+    "Equilibrium",
+    "bandit_case",
+    "companion_threshold",
+    "digits_case",
+    "figures",
+    "late_behavior",
+    "make_equilibrium",
+    "page",
+    "pieces",
+    "run",
+    "summary",
+    "validate",
+]
 
 _TOP_KEYS = (
     "study",
