@@ -46,9 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
     sweep.cases = ml_collections.ConfigDict(
         dict(
             adam=case(**adam, algorithms=("no_is", "clip", "dual_clip", "is_"), max_staleness=(0, 4, 8, 16, 32)),
-            adam_control=case(
-                **adam, algorithms=("no_is_drift", "no_is_ess", "clip_drift", "clip_ess"), max_staleness=(8, 32)
-            ),
+            adam_control=case(**adam, algorithms=("no_is_drift", "no_is_ess", "clip_drift", "clip_ess"), max_staleness=(8, 32)),
             sgd=case(**sgd, algorithms=("no_is", "clip"), max_staleness=(0, 8, 32)),
         )
     )

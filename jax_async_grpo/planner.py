@@ -1,16 +1,16 @@
 """Which learning rate is safe at a wanted staleness and horizon, from two measured learning rates that bracket it. No jax.
 
-A probe alone cannot place the largest stable learning rate; two anchors can. An *anchor* is η_80, the learning rate at which 80 % of
-the runs still succeed (`scaling.stable_learning_rate`), measured at S = 0 and at one larger staleness S_a. Between and a little
-beyond them the planner takes
+A probe alone cannot place the largest stable learning rate; two anchors can. An *anchor* is η_80, the learning rate at which
+80 % of the runs still succeed (`scaling.stable_learning_rate`), measured at S = 0 and at one larger staleness S_a. Between and
+a little beyond them the planner takes
 
     1/η_80(S) = 1/η_80(0) + (X(S)/X(S_a)) · (1/η_80(S_a) − 1/η_80(0)),      X(s) = √MSD(s)/η
 
-where MSD(s) = E‖θ_t − θ_{t−s}‖² is what a short *probe* at the wanted S measures: updates lost to the optimizer itself and updates
-lost to lag add up. A *horizon run* (S = 0, a high learning rate, with the step t_c at which it collapsed) gives the limit of
+where MSD(s) = E‖θ_t − θ_{t−s}‖² is what a short *probe* at the wanted S measures: what the optimizer itself costs and what lag
+costs add up. A *horizon run* (S = 0, a high learning rate, with the step t_c at which it collapsed) gives the limit of
 over-optimization, η·T = η_hi·t_c, where the reward can be hacked. The form is this project's; it is tested by prediction on
-tasks it has not seen (docs/laws/prediction.md). The rule of arXiv 2607.01083, min{R_batch/(S·G_upd), R_crit/(T·G_upd)}, is its limit
-for ballistic drift and no limit of the optimizer's own.
+tasks it has not seen (docs/laws/prediction.md). The rule of arXiv 2607.01083, min{R_batch/(S·G_upd), R_crit/(T·G_upd)}, takes
+drift as ballistic and knows no limit of the optimizer's own.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class HorizonRun:
-    """A run without lag at a high learning rate: `collapse_step` t_c in updates, None if it did not collapse within `num_updates`."""
+    """A run without lag at a high learning rate: `collapse_step` t_c in updates, None if it held for `num_updates`."""
 
     learning_rate: float
     num_updates: int
@@ -257,7 +257,8 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
     )
     ratio = _drift_ratio(probe, S, stale.max_staleness)
     lost_to_lag = np.maximum(np.exp(-stale_log) - np.exp(-fresh_log), 0.0)
-    notes, horizon_limit = [], _horizon_limit(horizon_run, T, notes)
+    notes: list[str] = []
+    horizon_limit = _horizon_limit(horizon_run, T, notes)
     optimizer_limit = np.exp(fresh_log)
     capped = optimizer_limit if horizon_limit is None else np.minimum(optimizer_limit, horizon_limit)
     # Where the anchors cannot tell lag from noise, both measure the same boundary.

@@ -9,6 +9,7 @@ that was killed and continued ends with the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,6 +60,17 @@ _CASE_KEYS = (
     "num_seeds",
     "vectorize",
 )
+_TRACED_KEYS = (
+    "algorithms",
+    "schedules",
+    "max_staleness",
+    "learning_rates",
+    "num_updates",
+    "num_measurements",
+    "num_windows",
+    "first_seed",
+    "num_seeds",
+)  # what may differ between cases that share a compiled program
 _REWARD_DIGITS, _DIGITS = 4, 3  # of recorded numbers: records are kept, and what is sampled is not known any better
 _LEFT_OUT = ("staleness/realised", "drift/cumulative")  # in no rule; they would make the records longer
 _INVARIANT_TOLERANCE = 0.0  # both are exact statements
@@ -169,34 +181,46 @@ def build_case(config: Mapping[str, Any], name: str, algorithm: str) -> experime
     return dataclasses.replace(case, optimizer_fn=lambda learning_rate: optax.chain(optimizer_fn(learning_rate), control()))
 
 
-def run_chunks(config: Mapping[str, Any], workdir: Workdir, on_chunk: Callable[[str, float], None]) -> None:
+def run_chunks(
+    config: Mapping[str, Any],
+    workdir: Workdir,
+    on_chunk: Callable[[str, float], None],
+    programs: dict[Any, tuple[experiment.Case, Callable]] | None = None,
+) -> None:
     """Runs every chunk the workdir does not hold yet.
+
+    Cases that differ in nothing but S, η, seeds and horizon share one compiled program (and θ_0), if their chunks have the same
+    number of runs and measurements.
 
     Args:
       config: validated.
       workdir: where the records go.
       on_chunk: called after each chunk with its name and seconds (0 for one that was recorded before).
+      programs: compiled by an earlier call, to be used again; those compiled here are added.
 
     Raises:
       invariants.InvariantViolation: naming chunk, invariant, step and value; the chunk is not recorded.
     """
     rows = workdir.read_metrics()
     done, started = finished_chunks(rows), {row["case"] for row in rows if row["kind"] == "start"}
-    built: tuple[str, str] | None = None
+    programs = {} if programs is None else programs
     for chunk in chunks(config):
         if chunk.name in done:
             on_chunk(chunk.name, 0.0)
             continue
         start = time.perf_counter()
-        if built != (chunk.case, chunk.algorithm):
-            case, built = build_case(config, chunk.case, chunk.algorithm), (chunk.case, chunk.algorithm)
-            program = _compile(case)
+        part, capacity, length = config["cases"][chunk.case], *_sizes(config, chunk.case)
+        key = (json.dumps([_world(part), config["algorithms"][chunk.algorithm]], sort_keys=True), capacity, length)
+        if key not in programs:
+            case = build_case(config, chunk.case, chunk.algorithm)
+            programs[key] = case, _compile(case, capacity)
+        case, program = programs[key]
         if chunk.case not in started:
-            workdir.append_metrics([_start_row(case) | {"piece": chunk.name}])
+            workdir.append_metrics([_start_row(case) | {"case": chunk.case, "piece": chunk.name}])
             started.add(chunk.case)
-        curves = program(case.params, *_inputs(config, case, chunk))
-        _check(chunk, curves.violations, _measure_steps(case.config))
-        workdir.append_metrics([*_rows(case, chunk, curves), {"kind": "piece", "piece": chunk.name}])
+        curves = program(case.params, *_inputs(config, chunk, length))
+        _check(chunk, curves.violations, _measure_steps(part))
+        workdir.append_metrics([*_rows(case, part, chunk, curves), {"kind": "piece", "piece": chunk.name}])
         on_chunk(chunk.name, time.perf_counter() - start)
 
 
@@ -256,7 +280,19 @@ def _measure_steps(part) -> np.ndarray:
     return ends - np.append(early, 0)  # the horizon itself is always measured
 
 
-def _compile(case: experiment.Case) -> Callable:
+def _world(part) -> dict[str, Any]:
+    """What a compiled program depends on; the rest of a case is traced."""
+    return {key: part[key] for key in _CASE_KEYS if key not in _TRACED_KEYS}
+
+
+def _sizes(config, name: str) -> tuple[int, int]:
+    """(K, longest horizon) over all cases of the same world: fixed by the config, so that a resumed sweep compiles the same."""
+    world = _world(config["cases"][name])
+    parts = [part for part in config["cases"].values() if _world(part) == world]
+    return max(max(part["max_staleness"]) for part in parts) + 2, max(part["num_updates"] for part in parts)
+
+
+def _compile(case: experiment.Case, capacity: int) -> Callable:
     def observe(learner_params, behavior_params):
         rewards = case.rewards(learner_params)
         return rewards | exact.off_policy(case.policy, learner_params, behavior_params, case.task)
@@ -271,18 +307,18 @@ def _compile(case: experiment.Case) -> Callable:
         observe,
         case.optimizer_fn,
         extra_args_fn=extra_args,
-        capacity=max(case.config["max_staleness"]) + 2,
+        capacity=capacity,
         vectorize=case.config["vectorize"],
     )
 
 
-def _inputs(config, case: experiment.Case, chunk: SweepChunk) -> tuple:
-    part = case.config
+def _inputs(config, chunk: SweepChunk, length: int) -> tuple:
+    part = config["cases"][chunk.case]
     root = jax.random.fold_in(jax.random.key(config["seed"]), 1)
     seeds = np.array([cell.seed for cell in chunk.cells])
     return (
         np.full(len(chunk.cells), chunk.learning_rate),
-        np.stack([cell.staleness(config["seed"], part["num_updates"] + 1) for cell in chunk.cells]),
+        np.stack([cell.staleness(config["seed"], length + 1) for cell in chunk.cells]),
         jax.vmap(lambda seed: jax.random.fold_in(root, seed))(seeds),
         _measure_steps(part),
     )
@@ -317,19 +353,19 @@ def _start_row(case: experiment.Case) -> dict[str, Any]:
     }
 
 
-def _rows(case: experiment.Case, chunk: SweepChunk, curves: sweeps.TrainingCurves) -> list[dict[str, Any]]:
+def _rows(case: experiment.Case, part, chunk: SweepChunk, curves: sweeps.TrainingCurves) -> list[dict[str, Any]]:
     """A row for all seeds of one (schedule, S)."""
-    part, num_seeds = case.config, case.config["num_seeds"]
+    num_seeds = part["num_seeds"]
     return [
-        _row(case, chunk, jax.tree.map(lambda leaf, i=i: leaf[i : i + num_seeds], curves), chunk.cells[i])
+        _row(case, part, chunk, jax.tree.map(lambda leaf, i=i: leaf[i : i + num_seeds], curves), chunk.cells[i])
         | {"seeds": list(_seeds(part))}
         for i in range(0, len(chunk.cells), num_seeds)
     ]
 
 
-def _row(case, chunk, curves, cell) -> dict[str, Any]:
+def _row(case, part, chunk, curves, cell) -> dict[str, Any]:
     """Rewards at every measured step; what else was measured as means over equal windows of the run."""
-    part, values = case.config, dict(curves.values)
+    values = dict(curves.values)
     is_proxy = not np.array_equal(case.task.rewards, case.task.gold_rewards)
     series = {name: values.pop(name) for name in ("reward", "gold_reward")}
     if not is_proxy:
@@ -341,7 +377,7 @@ def _row(case, chunk, curves, cell) -> dict[str, Any]:
     return {
         "kind": "cell",
         "piece": chunk.name,
-        "case": case.name,
+        "case": chunk.case,
         "algorithm": chunk.algorithm,
         "schedule": cell.schedule,
         "max_staleness": cell.max_staleness,
