@@ -146,17 +146,17 @@ def chunks(config: Mapping[str, Any]) -> list[SweepChunk]:
 
 def describe(config: Mapping[str, Any]) -> str:
     """The plan and its size, as `--dry_run` prints it."""
-    lines = ["case                algorithms  S            eta from .. to     seeds  updates  runs"]
+    width = max(map(len, ["case", *config["cases"]])) + 2
+    lines = [f"{'case':<{width}}algorithms  {'S':<15}eta from .. to     seeds  updates  runs"]
     for name, part in config["cases"].items():
         num_runs = math.prod(len(part[key]) for key in ("algorithms", "schedules", "max_staleness", "learning_rates"))
         rates, lags = part["learning_rates"], ",".join(map(str, part["max_staleness"]))
         lines.append(
-            f"{name:<20}{len(part['algorithms']):>10}  {lags:<13}{min(rates):<9g}{max(rates):<9g}{part['num_seeds']:>6}"
+            f"{name:<{width}}{len(part['algorithms']):>10}  {lags:<15}{min(rates):<9g}{max(rates):<9g}{part['num_seeds']:>6}"
             f"{part['num_updates']:>9}{num_runs * part['num_seeds']:>6}"
         )
-    return "\n".join(
-        [*lines, f"{len(chunks(config))} chunks; records after each, so an interrupted sweep continues where it was"]
-    )
+    lines.append(f"{len(chunks(config))} chunks; records after each, so an interrupted sweep continues where it was")
+    return "\n".join(lines)
 
 
 def finished_chunks(rows: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from jax_async_grpo import sweep_run
 from jax_async_grpo.records import Workdir
 
-__all__ = ["sweep_pieces", "run_sweep", "validate_sweep"]
+__all__ = ["run_sweep", "sweep_pieces", "validate_sweep"]
 
 
 def validate_sweep(config: Mapping[str, Any]) -> None:
@@ -28,6 +28,8 @@ def sweep_pieces(config: Mapping[str, Any]) -> list[str]:
     return [chunk.name for chunk in sweep_run.chunks(config["sweep"])]
 
 
-def run_sweep(config: Mapping[str, Any], workdir: Workdir, on_piece: Callable[[str, float], None]) -> None:
-    """Runs the chunks that the workdir lacks."""
-    sweep_run.run_chunks(config["sweep"], workdir, lambda name, seconds: on_piece(name, seconds) if seconds else None)
+def run_sweep(
+    config: Mapping[str, Any], workdir: Workdir, on_piece: Callable[[str, float], None], programs: dict | None = None
+) -> None:
+    """Runs the chunks of `config.sweep` that the workdir lacks; `programs` as in `sweep_run.run_chunks`."""
+    sweep_run.run_chunks(config["sweep"], workdir, lambda name, seconds: on_piece(name, seconds) if seconds else None, programs)
