@@ -106,7 +106,8 @@ def figures(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], folde
         ax.set(xscale="log", yscale="log", title=_WORDS[rule], xlabel="true η_80 / η_80(S=0)")
         ax.title.set_fontsize(9)
     axes[0].set_ylabel("predicted")
-    axes[0].legend(fontsize=7)
+    if markers:
+        axes[0].legend(fontsize=7)
     return save_figure(figure, folder, "prediction")
 
 
