@@ -337,7 +337,7 @@ def _sweep_page(folder: Path, config: Record, rows: Rows, versions: Record) -> P
         shorter = [line for line in result["boundaries"] if line not in lines]
         sections = [
             Section("The learning rate up to which runs hold", [_boundaries(lines, config), picture]),
-            Section("The same runs at half of the horizon", [_boundaries(shorter, config)]),
+            *([Section("The same runs at half of the horizon", [_boundaries(shorter, config)])] if shorter else []),
             Section("How the runs ended", [_fates(lines)]),
         ]
     return Page(

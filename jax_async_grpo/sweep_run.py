@@ -1,7 +1,7 @@
 """Sweeps of whole training runs over (S, η, seed, loss): from a config to chunks of runs, and from chunks to records.
 
 Records in metrics.jsonl, one JSON object a line: "start" (once per case: the reward before the first update and the best there
-is), "cell" (all seeds of one (case, algorithm, schedule, S, η)) and "chunk" (written last, so that a chunk without it does not
+is), "cell" (all seeds of one X
 count). A shorter horizon is read off the same run, so horizons cost nothing. Records depend on the config alone: a sweep
 that was killed and continued ends with the same bytes.
 """
@@ -9,6 +9,7 @@ that was killed and continued ends with the same bytes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -59,7 +60,19 @@ _CASE_KEYS = (
     "num_seeds",
     "vectorize",
 )
-_DIGITS = 4  # of a recorded number
+_TRACED_KEYS = (
+    "algorithms",
+    "schedules",
+    "max_staleness",
+    "learning_rates",
+    "num_updates",
+    "num_measurements",
+    "num_windows",
+    "first_seed",
+    "num_seeds",
+)  # what may differ between cases that share a compiled program
+_REWARD_DIGITS, _DIGITS = 4, 3  # of recorded numbers: records are kept, and what is sampled is not known any better
+_LEFT_OUT = ("staleness/realised", "drift/cumulative")  # in no rule; they would make the records longer
 _INVARIANT_TOLERANCE = 0.0  # both are exact statements
 
 
@@ -133,22 +146,22 @@ def chunks(config: Mapping[str, Any]) -> list[SweepChunk]:
 
 def describe(config: Mapping[str, Any]) -> str:
     """The plan and its size, as `--dry_run` prints it."""
-    lines = ["case                algorithms  S            eta from .. to     seeds  updates  runs"]
+    width = max(map(len, ["case", *config["cases"]])) + 2
+    lines = [f"{'case':<{width}}algorithms  {'S':<15}eta from .. to     seeds  updates  runs"]
     for name, part in config["cases"].items():
         num_runs = math.prod(len(part[key]) for key in ("algorithms", "schedules", "max_staleness", "learning_rates"))
         rates, lags = part["learning_rates"], ",".join(map(str, part["max_staleness"]))
         lines.append(
-            f"{name:<20}{len(part['algorithms']):>10}  {lags:<13}{min(rates):<9g}{max(rates):<9g}{part['num_seeds']:>6}"
+            f"{name:<{width}}{len(part['algorithms']):>10}  {lags:<15}{min(rates):<9g}{max(rates):<9g}{part['num_seeds']:>6}"
             f"{part['num_updates']:>9}{num_runs * part['num_seeds']:>6}"
         )
-    return "\n".join(
-        [*lines, f"{len(chunks(config))} chunks; records after each, so an interrupted sweep continues where it was"]
-    )
+    lines.append(f"{len(chunks(config))} chunks; records after each, so an interrupted sweep continues where it was")
+    return "\n".join(lines)
 
 
 def finished_chunks(rows: Sequence[Mapping[str, Any]]) -> set[str]:
     """Names of the chunks whose records are complete."""
-    return {row["chunk"] for row in rows if row["kind"] == "chunk"}
+    return {row["piece"] for row in rows if row["kind"] == "piece"}
 
 
 def build_case(config: Mapping[str, Any], name: str, algorithm: str) -> experiment.Case:
@@ -168,34 +181,46 @@ def build_case(config: Mapping[str, Any], name: str, algorithm: str) -> experime
     return dataclasses.replace(case, optimizer_fn=lambda learning_rate: optax.chain(optimizer_fn(learning_rate), control()))
 
 
-def run_chunks(config: Mapping[str, Any], workdir: Workdir, on_chunk: Callable[[str, float], None]) -> None:
+def run_chunks(
+    config: Mapping[str, Any],
+    workdir: Workdir,
+    on_chunk: Callable[[str, float], None],
+    programs: dict[Any, tuple[experiment.Case, Callable]] | None = None,
+) -> None:
     """Runs every chunk the workdir does not hold yet.
+
+    Cases that differ in nothing but S, η, seeds and horizon share one compiled program (and θ_0), if their chunks have the same
+    number of runs and measurements.
 
     Args:
       config: validated.
       workdir: where the records go.
       on_chunk: called after each chunk with its name and seconds (0 for one that was recorded before).
+      programs: compiled by an earlier call, to be used again; those compiled here are added.
 
     Raises:
       invariants.InvariantViolation: naming chunk, invariant, step and value; the chunk is not recorded.
     """
     rows = workdir.read_metrics()
     done, started = finished_chunks(rows), {row["case"] for row in rows if row["kind"] == "start"}
-    built: tuple[str, str] | None = None
+    programs = {} if programs is None else programs
     for chunk in chunks(config):
         if chunk.name in done:
             on_chunk(chunk.name, 0.0)
             continue
         start = time.perf_counter()
-        if built != (chunk.case, chunk.algorithm):
-            case, built = build_case(config, chunk.case, chunk.algorithm), (chunk.case, chunk.algorithm)
-            program = _compile(case)
+        part, capacity, length = config["cases"][chunk.case], *_sizes(config, chunk.case)
+        key = (json.dumps([_world(part), config["algorithms"][chunk.algorithm]], sort_keys=True), capacity, length)
+        if key not in programs:
+            case = build_case(config, chunk.case, chunk.algorithm)
+            programs[key] = case, _compile(case, capacity)
+        case, program = programs[key]
         if chunk.case not in started:
-            workdir.append_metrics([_start_row(case)])
+            workdir.append_metrics([_start_row(case) | {"case": chunk.case, "piece": chunk.name}])
             started.add(chunk.case)
-        curves = program(case.params, *_inputs(config, case, chunk))
-        _check(chunk, curves.violations, _measure_steps(case.config))
-        workdir.append_metrics([*_rows(case, chunk, curves), {"kind": "chunk", "chunk": chunk.name}])
+        curves = program(case.params, *_inputs(config, chunk, length))
+        _check(chunk, curves.violations, _measure_steps(part))
+        workdir.append_metrics([*_rows(case, part, chunk, curves), {"kind": "piece", "piece": chunk.name}])
         on_chunk(chunk.name, time.perf_counter() - start)
 
 
@@ -255,7 +280,19 @@ def _measure_steps(part) -> np.ndarray:
     return ends - np.append(early, 0)  # the horizon itself is always measured
 
 
-def _compile(case: experiment.Case) -> Callable:
+def _world(part) -> dict[str, Any]:
+    """What a compiled program depends on; the rest of a case is traced."""
+    return {key: part[key] for key in _CASE_KEYS if key not in _TRACED_KEYS}
+
+
+def _sizes(config, name: str) -> tuple[int, int]:
+    """(K, longest horizon) over all cases of the same world: fixed by the config, so that a resumed sweep compiles the same."""
+    world = _world(config["cases"][name])
+    parts = [part for part in config["cases"].values() if _world(part) == world]
+    return max(max(part["max_staleness"]) for part in parts) + 2, max(part["num_updates"] for part in parts)
+
+
+def _compile(case: experiment.Case, capacity: int) -> Callable:
     def observe(learner_params, behavior_params):
         rewards = case.rewards(learner_params)
         return rewards | exact.off_policy(case.policy, learner_params, behavior_params, case.task)
@@ -270,18 +307,18 @@ def _compile(case: experiment.Case) -> Callable:
         observe,
         case.optimizer_fn,
         extra_args_fn=extra_args,
-        capacity=max(case.config["max_staleness"]) + 2,
+        capacity=capacity,
         vectorize=case.config["vectorize"],
     )
 
 
-def _inputs(config, case: experiment.Case, chunk: SweepChunk) -> tuple:
-    part = case.config
+def _inputs(config, chunk: SweepChunk, length: int) -> tuple:
+    part = config["cases"][chunk.case]
     root = jax.random.fold_in(jax.random.key(config["seed"]), 1)
     seeds = np.array([cell.seed for cell in chunk.cells])
     return (
         np.full(len(chunk.cells), chunk.learning_rate),
-        np.stack([cell.staleness(config["seed"], part["num_updates"] + 1) for cell in chunk.cells]),
+        np.stack([cell.staleness(config["seed"], length + 1) for cell in chunk.cells]),
         jax.vmap(lambda seed: jax.random.fold_in(root, seed))(seeds),
         _measure_steps(part),
     )
@@ -316,36 +353,37 @@ def _start_row(case: experiment.Case) -> dict[str, Any]:
     }
 
 
-def _rows(case: experiment.Case, chunk: SweepChunk, curves: sweeps.TrainingCurves) -> list[dict[str, Any]]:
+def _rows(case: experiment.Case, part, chunk: SweepChunk, curves: sweeps.TrainingCurves) -> list[dict[str, Any]]:
     """A row for all seeds of one (schedule, S)."""
-    part, num_seeds = case.config, case.config["num_seeds"]
+    num_seeds = part["num_seeds"]
     return [
-        _row(case, chunk, jax.tree.map(lambda leaf, i=i: leaf[i : i + num_seeds], curves), chunk.cells[i])
+        _row(case, part, chunk, jax.tree.map(lambda leaf, i=i: leaf[i : i + num_seeds], curves), chunk.cells[i])
         | {"seeds": list(_seeds(part))}
         for i in range(0, len(chunk.cells), num_seeds)
     ]
 
 
-def _row(case, chunk, curves, cell) -> dict[str, Any]:
+def _row(case, part, chunk, curves, cell) -> dict[str, Any]:
     """Rewards at every measured step; what else was measured as means over equal windows of the run."""
-    part, values = case.config, dict(curves.values)
+    values = dict(curves.values)
     is_proxy = not np.array_equal(case.task.rewards, case.task.gold_rewards)
     series = {name: values.pop(name) for name in ("reward", "gold_reward")}
     if not is_proxy:
         del series["gold_reward"]
     steps, lags = _measure_steps(part), _recorded_lags(cell.max_staleness)
     msd = curves.msd[:, steps >= max(lags), :][:, :, lags].mean(axis=1)
-    windowed = {name: _window_means(value, part["num_windows"]) for name, value in values.items()}
+    kept = {name: value for name, value in values.items() if name not in _LEFT_OUT}
+    windowed = {name: _window_means(value, part["num_windows"]) for name, value in kept.items()}
     return {
         "kind": "cell",
-        "chunk": chunk.name,
-        "case": case.name,
+        "piece": chunk.name,
+        "case": chunk.case,
         "algorithm": chunk.algorithm,
         "schedule": cell.schedule,
         "max_staleness": cell.max_staleness,
         "learning_rate": chunk.learning_rate,
         "steps": steps.tolist(),
-        **{name: _rounded(value) for name, value in series.items()},
+        **{name: _rounded(value, _REWARD_DIGITS) for name, value in series.items()},
         "window_ends": steps[len(steps) // part["num_windows"] - 1 :: len(steps) // part["num_windows"]].tolist(),
         "windows": {name: _rounded(value) for name, value in windowed.items()},
         "msd_lags": lags,
@@ -364,8 +402,8 @@ def _window_means(values: np.ndarray, num_windows: int) -> np.ndarray:
     return values.reshape(len(values), num_windows, -1).mean(axis=-1)
 
 
-def _rounded(values: np.ndarray) -> list:
-    """Nested lists of floats of four digits: records are kept, and a sampled reward is not known any better."""
+def _rounded(values: np.ndarray, digits: int = _DIGITS) -> list:
+    """Nested lists of floats of so many digits."""
     if values.ndim > 1:
-        return [_rounded(row) for row in values]
-    return [float(f"{value:.{_DIGITS}g}") for value in values]
+        return [_rounded(row, digits) for row in values]
+    return [float(f"{value:.{digits}g}") for value in values]

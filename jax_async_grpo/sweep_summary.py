@@ -74,15 +74,13 @@ def boundary_record(
 
 
 def summary(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], versions: Mapping[str, Any]) -> dict[str, Any]:
-    """Every boundary of a sweep, at the whole horizon and at half of it; the boundaries of what is recorded so far."""
+    """Every boundary of a sweep, at the whole horizon and, if it can be told, at half of it; of what is recorded so far."""
     rule, boundaries = CollapseRule(**config["rule"]), []
     for (case, algorithm, schedule, max_staleness), cells in groups(rows).items():
         labels = dict(case=case, algorithm=algorithm, schedule=schedule, max_staleness=max_staleness)
-        for share in (1, 2):
-            options = dict(
-                levels=(config["level"], 0.5), confidence=config["confidence"], horizon=cells[0]["steps"][-1] / share
-            )
-            boundaries.append(labels | boundary_record(cells, rule, **options))
+        options = dict(levels=(config["level"], 0.5), confidence=config["confidence"])
+        for horizon in _horizons(cells[0]["steps"], rule):
+            boundaries.append(labels | boundary_record(cells, rule, horizon=horizon, **options))
     num_runs = sum(len(row["seeds"]) for row in rows if row["kind"] == "cell")
     return {"boundaries": boundaries, "num_runs": num_runs, "versions": dict(versions)}
 
@@ -101,6 +99,12 @@ def table(result: Mapping[str, Any]) -> str:
             f"{interval:<20}{width:<7}{_failures(line)}"
         )
     return "\n".join(lines)
+
+
+def _horizons(steps: Sequence[int], rule: CollapseRule) -> list[float]:
+    """The horizon of the runs, and half of it where a reward was measured near its end."""
+    half = steps[-1] / 2
+    return [steps[-1], half] if any((1 - rule.end_window) * half < step <= half for step in steps) else [steps[-1]]
 
 
 def _boundary(rates, successes, levels, confidence) -> Boundary:

@@ -3,9 +3,32 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 # Read when jax is imported; processes that tests start inherit it. Set it yourself to run the tests on another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Matrices are small here: threads of BLAS wait for each other, and pytest's workers use every core already.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# XLA sends each fused loop through MLIR and then splits the code among threads: five times the compilation, for programs that
+# run once.
+FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
+
+
+def shorten_compilation() -> None:
+    """Adds FLAGS to XLA_FLAGS, for this process, pytest's workers and the processes that tests start."""
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in FLAGS if flag.partition("=")[0] not in given]
+    if not missing:
+        return
+    chosen = os.environ | {"XLA_FLAGS": " ".join([given, *missing]).strip()}
+    # A compiler that does not know a flag ends its process, so another process asks.
+    if subprocess.run([sys.executable, "-c", "import jax; jax.devices()"], env=chosen, capture_output=True).returncode == 0:
+        os.environ["XLA_FLAGS"] = chosen["XLA_FLAGS"]
+
+
+shorten_compilation()
 
 import jax  # noqa: E402
 

@@ -162,13 +162,13 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path):
 RATES, GOOD = (0.5, 1.0, 2.0, 4.0, 8.0), {0: 4.0, 3: 1.0, 7: 0.0, 15: 9.0}
 
 
-def sweep_run_of(folder, *, without=()):
+def sweep_run_of(folder, *, without=(), num_updates=40, stride=4):
     folder.mkdir(exist_ok=True)
     case = dict(algorithms=("clip", "free"), schedules=("fixed",), max_staleness=tuple(GOOD), learning_rates=RATES)
-    case |= dict(num_seeds=6, first_seed=0, num_updates=40)
+    case |= dict(num_seeds=6, first_seed=0, num_updates=num_updates)
     rule = dict(end_window=0.1, keep=0.7)
     config = dict(rule=rule, level=0.7, confidence=0.9, algorithms=dict(clip={}, free={}), cases=dict(digits=case))
-    steps = np.arange(4, 41, 4)
+    steps = np.arange(stride, num_updates + 1, stride)
     good, bad = np.linspace(0.5, 1, len(steps)), np.full(len(steps), 0.1)
     rows = [dict(kind="start", case="digits", reward=0.4, ceiling=1.0)]
     for chunk in sweep_run.chunks(config):
@@ -179,8 +179,8 @@ def sweep_run_of(folder, *, without=()):
             curves = np.tile(good if holds else bad, (6, 1)).tolist()
             names = dict(case="digits", algorithm=chunk.algorithm, schedule="fixed", max_staleness=lag)
             values = dict(learning_rate=chunk.learning_rate, steps=steps.tolist(), seeds=list(range(6)), reward=curves)
-            rows.append(dict(kind="cell", chunk=chunk.name, **names, **values))
-        rows.append(dict(kind="chunk", chunk=chunk.name))
+            rows.append(dict(kind="cell", piece=chunk.name, **names, **values))
+        rows.append(dict(kind="piece", piece=chunk.name))
     records.write_json(folder / "config.json", config)
     records.append_jsonl(folder / "metrics.jsonl", rows)
     return config, rows
@@ -291,6 +291,12 @@ def bias_run_of(folder, *, exponent=1.0):
     records.write_json(folder / "summary.json", {"versions": {"jax": "9.8.7"}})
     records.append_jsonl(folder / "metrics.jsonl", rows)
     return rows
+
+
+def test_a_sweep_without_a_shorter_horizon_has_no_section_on_it(tmp_path):
+    sweep_run_of(tmp_path / "run", num_updates=20, stride=20)
+    page = read(run_pages.page_of_run(tmp_path / "run"))
+    assert "half of the horizon" not in page.text and page.column("T (updates)") == ["20"] * 8
 
 
 def test_a_bias_measurements_page_says_the_law_and_what_was_not_measured(tmp_path):

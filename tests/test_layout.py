@@ -35,6 +35,7 @@ FLOORS = {
         "delay_stability",
         "option_checks",
         "control",
+        "planner",
     },
     "measurement": {
         "policies",

@@ -96,8 +96,9 @@ def test_a_run_of_a_sweep_is_the_plain_loop_of_updates(finished):
     np.testing.assert_allclose(row["reward"][2], rewards, rtol=1e-3)  # recorded with four digits
     drift = [float(metrics.drift(path[t], path[max(t - 3, 0)])["drift/from_behavior"]) for t in range(3, 25, 3)]
     windows = np.reshape(drift, (2, 4)).mean(axis=1)
-    np.testing.assert_allclose(row["windows"]["drift/from_behavior"][2], windows, rtol=1e-3)
-    np.testing.assert_allclose(row["msd"][2][row["msd_lags"].index(3)], np.mean(np.square(drift)), rtol=1e-3)
+    np.testing.assert_allclose(row["windows"]["drift/from_behavior"][2], windows, rtol=1e-2)  # recorded with three
+
+    np.testing.assert_allclose(row["msd"][2][row["msd_lags"].index(3)], np.mean(np.square(drift)), rtol=1e-2)
 
 
 def test_cosines_of_exact_updates_are_those_of_neighboring_gradients():

@@ -61,8 +61,8 @@ def read_sources(config: Mapping[str, Any]) -> dict[str, Rows]:
 
 
 def finished_pieces(rows: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """{name: seconds it took} of the pieces whose records are complete."""
-    return {row["piece"]: row["seconds"] for row in rows if row["kind"] == "piece"}
+    """{name: seconds it took, 0 where that is not kept} of the pieces whose records are complete."""
+    return {row["piece"]: row.get("seconds", 0.0) for row in rows if row["kind"] == "piece"}
 
 
 def run_pieces(

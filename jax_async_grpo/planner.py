@@ -1,0 +1,409 @@
+"""Which learning rate is safe at a wanted staleness and horizon, from two measured learning rates that bracket it. No jax.
+
+A probe alone cannot place the largest stable learning rate; two anchors can. An *anchor* is η_80, the learning rate at which
+80 % of the runs still succeed (`scaling.stable_learning_rate`), measured at S = 0 and at one larger staleness S_a. Between and
+a little beyond them the planner takes
+
+    1/η_80(S) = 1/η_80(0) + (X(S)/X(S_a)) · (1/η_80(S_a) − 1/η_80(0)),      X(s) = √MSD(s)/η
+
+where MSD(s) = E‖θ_t − θ_{t−s}‖² is what a short *probe* at the wanted S measures: what the optimizer itself costs and what lag
+costs add up. A *horizon run* (S = 0, a high learning rate, with the step t_c at which it collapsed) gives the limit of
+over-optimization, η·T = η_hi·t_c, where the reward can be hacked. The form is this project's; it is tested by prediction on
+tasks it has not seen (docs/laws/prediction.md). The rule of arXiv 2607.01083, min{R_batch/(S·G_upd), R_crit/(T·G_upd)}, takes
+drift as ballistic and knows no limit of the optimizer's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from scipy import stats
+
+from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
+
+__all__ = ["Anchor", "HorizonRun", "Plan", "Probe", "make_plan"]
+
+STATUSES = ("found", "none", "censored", "ill-defined")
+_MODEL_ERROR = 0.3  # nats; scatter of η_80 about the form, beyond what the anchors' intervals hold
+_NO_ANCHOR_ERROR = 0.9  # nats, of an estimate without anchors
+_SECOND_MOMENT_AT_BOUNDARY = 0.05  # nats² a token; a rough constant, taken from the development runs of docs/laws/collapse.md
+_EXTRAPOLATION = 4.0  # times the anchor's S, and times the anchors' T
+_NUM_DRAWS = 4000
+
+
+@dataclasses.dataclass(frozen=True)
+class Anchor:
+    """A measured boundary.
+
+    Attributes:
+      max_staleness: S, updates.
+      horizon: T of its runs, updates.
+      status: as in `scaling.Boundary`.
+      learning_rate: η_80; None unless found. For "censored" the largest learning rate tried, which still holds.
+      interval: (low, high) of η_80, or None.
+      confidence: of the interval.
+      num_seeds: runs a learning rate.
+    """
+
+    max_staleness: int
+    horizon: int
+    status: str
+    learning_rate: float | None
+    interval: tuple[float, float] | None = None
+    confidence: float = 0.9
+    num_seeds: int | None = None
+
+    def __post_init__(self) -> None:
+        as_integer("max_staleness", self.max_staleness, minimum=0)
+        as_integer("horizon", self.horizon, minimum=1)
+        if self.status not in STATUSES:
+            raise ValueError(f"status={self.status!r} of an anchor must be one of {STATUSES}")
+        if self.status in ("found", "censored"):
+            as_positive("learning_rate", math.nan if self.learning_rate is None else self.learning_rate)
+
+    @property
+    def log_error(self) -> float:
+        """Standard error of ln η_80, from the interval; a quarter where there is none."""
+        if self.interval is None or not (0 < self.interval[0] < self.interval[1] < math.inf):
+            return 0.25
+        return math.log(self.interval[1] / self.interval[0]) / (2 * stats.norm.ppf((1 + self.confidence) / 2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """What a short run at the wanted staleness measures.
+
+    Attributes:
+      max_staleness: S, updates.
+      learning_rate: η of the run.
+      drift: {lag: √MSD(lag)}, parameter distance; lags ≥ 1 updates.
+      second_moment: E[(log r)²] of a token of the stale rollouts, nats²; None = not measured.
+      clip_radius: drift at which the clipped fraction of tokens reaches the declared level; None = not measured.
+    """
+
+    max_staleness: int
+    learning_rate: float
+    drift: dict[int, float]
+    second_moment: float | None = None
+    clip_radius: float | None = None
+
+    def __post_init__(self) -> None:
+        as_integer("max_staleness", self.max_staleness, minimum=0)
+        as_positive("learning_rate", self.learning_rate)
+        if 1 not in self.drift:
+            raise ValueError(f"drift of a probe has the lags {sorted(self.drift)}; lag 1, one update, must be among them")
+        for lag, value in self.drift.items():
+            as_integer("lag", lag, minimum=1)
+            as_positive(f"drift at lag {lag}", value)
+
+    @property
+    def update_norm(self) -> float:
+        """G_upd = √MSD(1)/η."""
+        return self.drift[1] / self.learning_rate
+
+    @property
+    def drift_exponent(self) -> float:
+        """γ/2 of √MSD(s) ∝ s^{γ/2} by least squares over the lags; 1 (ballistic) where only one lag was measured."""
+        lags = np.array(sorted(self.drift), float)
+        if len(lags) < 2:
+            return 1.0
+        return float(np.polyfit(np.log(lags), np.log([self.drift[int(lag)] for lag in lags]), 1)[0])
+
+    def drift_at(self, lag: float) -> float:
+        """√MSD(lag)/η, interpolated in logarithms and continued by the last slope (the first below lag 1)."""
+        lags = np.array(sorted(self.drift), float)
+        values = np.log([self.drift[int(x)] / self.learning_rate for x in lags])
+        if len(lags) == 1:
+            return float(np.exp(values[0]) * lag / lags[0])
+        position = np.clip(np.searchsorted(lags, lag), 1, len(lags) - 1)
+        (x0, x1), (y0, y1) = np.log(lags[position - 1 : position + 1]), values[position - 1 : position + 1]
+        return float(np.exp(y0 + (y1 - y0) * (math.log(lag) - x0) / (x1 - x0)))
+
+
+@dataclasses.dataclass(frozen=True)
+class HorizonRun:
+    """A run without lag at a high learning rate: `collapse_step` t_c in updates, None if it held for `num_updates`."""
+
+    learning_rate: float
+    num_updates: int
+    collapse_step: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What the planner says; η are learning rates.
+
+    Attributes:
+      status: "bracketed" (two anchors), "order of magnitude" (no anchors), "none", "censored" or "ill-defined".
+      max_staleness, horizon: S and T asked for, updates.
+      max_learning_rate: predicted η_80; a lower bound where "censored", None where there is no number.
+      interval: of it, `confidence`; None where there is no number.
+      confidence: of the intervals.
+      recommended: half of max_learning_rate.
+      staleness_limit, staleness_interval: η at which lag alone would end it, c/X(S); inf where lag was not seen to bind.
+      horizon_limit, horizon_interval: η at which the horizon alone would end it; None = not measured.
+      optimizer_limit: η_80 at S = 0, whatever ends it there; None without an anchor.
+      binding: "staleness", "horizon" or "optimizer", the smallest of the limits; None where there is no number.
+      update_norm: G_upd. drift: √MSD(S)/η. drift_exponent: γ/2.
+      batch_radius: drift at the staleness limit, c; the effective R_batch. clip_radius: the operational one of the probe.
+      critical_radius: R_crit = horizon_limit·T·G_upd, or None.
+      learning_rate: η asked about, or None; headroom: max_learning_rate/η.
+      largest_staleness: S up to which half the predicted η_80 is at least the η asked about, or None.
+      notes: what a reader must know, one sentence each.
+    """
+
+    status: str
+    max_staleness: int
+    horizon: int
+    max_learning_rate: float | None
+    interval: tuple[float, float] | None
+    confidence: float
+    recommended: float | None
+    staleness_limit: float | None
+    staleness_interval: tuple[float, float] | None
+    horizon_limit: float | None
+    horizon_interval: tuple[float, float] | None
+    optimizer_limit: float | None
+    binding: str | None
+    update_norm: float | None
+    drift: float | None
+    drift_exponent: float | None
+    batch_radius: float | None
+    clip_radius: float | None
+    critical_radius: float | None
+    learning_rate: float | None
+    headroom: float | None
+    largest_staleness: int | None
+    notes: tuple[str, ...]
+
+    @property
+    def budget(self) -> str:
+        """The one-line staleness budget, ASCII."""
+        wanted = f"S={self.max_staleness}, T={self.horizon}"
+        if self.max_learning_rate is None:
+            return f"{wanted}: no learning rate ({self.status})"
+        low, high = self.interval
+        sign = ">=" if self.status == "censored" else "="
+        line = f"{wanted}: eta_80 {sign} {self.max_learning_rate:.2g} [{low:.2g}, {high:.2g}], use {self.recommended:.2g}"
+        line += f" (S*eta={self.max_staleness * self.recommended:.2g}, T*eta={self.horizon * self.recommended:.2g})"
+        line += f", {self.binding}-limited" if self.binding else ""
+        return line + (f", headroom {self.headroom:.2g}x at eta={self.learning_rate:g}" if self.headroom is not None else "")
+
+
+def make_plan(
+    *,
+    max_staleness: int,
+    horizon: int,
+    probe: Probe | None = None,
+    anchors: tuple[Anchor, ...] = (),
+    horizon_run: HorizonRun | None = None,
+    learning_rate: float | None = None,
+    confidence: float = 0.9,
+    model_error: float = _MODEL_ERROR,
+    extrapolate: bool = False,
+    seed: int = 0,
+) -> Plan:
+    """The learning rate for a wanted staleness and horizon.
+
+    Intervals hold the errors of the anchors, drawn log-normal from their intervals, and `model_error`, the scatter of measured
+    η_80 about the form, both in ln η.
+
+    Args:
+      max_staleness: S wanted, updates.
+      horizon: T wanted, updates.
+      probe: at the wanted S; None is possible where S is 0 or that of an anchor.
+      anchors: at S = 0 and at one larger S; none for an order of magnitude from the probe's second moment.
+      horizon_run: without it the horizon limit is "not measured".
+      learning_rate: η of a launch, for head-room and the S it allows.
+      confidence: of the intervals.
+      model_error: nats.
+      extrapolate: allow S and T beyond four times those of the anchors.
+      seed: of the draws behind the intervals.
+
+    Returns:
+      A `Plan`.
+
+    Raises:
+      ValueError: one anchor, two at the same S, none at S = 0; a missing probe; S or T beyond the stated factor of the anchors'
+        without `extrapolate`; an option out of range.
+    """
+    max_staleness = as_integer("max_staleness", max_staleness, minimum=0)
+    horizon = as_integer("horizon", horizon, minimum=1)
+    confidence, model_error = as_fraction("confidence", confidence), as_positive("model_error", model_error)
+    if learning_rate is not None:
+        learning_rate = as_positive("learning_rate", learning_rate)
+    wanted = dict(max_staleness=max_staleness, horizon=horizon, confidence=confidence, learning_rate=learning_rate)
+    measured = _measured(probe, max_staleness)
+    if not anchors:
+        return _without_anchors(wanted, measured, probe, horizon_run)
+    fresh, stale = _checked_anchors(anchors, wanted, probe, extrapolate)
+    for word in ("none", "ill-defined"):
+        if word in (fresh.status, stale.status):
+            where = " and ".join(f"S = {a.max_staleness}" for a in (fresh, stale) if a.status == word)
+            note = "no learning rate works" if word == "none" else "success comes and goes, or is lost over too wide a range"
+            return _numberless(word, wanted, measured, f"at {where} the sweep found that {note}")
+    return _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, seed)
+
+
+def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, seed) -> Plan:
+    S, T, confidence = wanted["max_staleness"], wanted["horizon"], wanted["confidence"]
+    rng = np.random.default_rng(seed)
+    # The first column is the estimate itself, the others are draws.
+    fresh_log, stale_log = (
+        math.log(anchor.learning_rate) + np.r_[0.0, anchor.log_error * rng.standard_normal(_NUM_DRAWS)]
+        for anchor in (fresh, stale)
+    )
+    ratio = _drift_ratio(probe, S, stale.max_staleness)
+    lost_to_lag = np.maximum(np.exp(-stale_log) - np.exp(-fresh_log), 0.0)
+    notes: list[str] = []
+    horizon_limit = _horizon_limit(horizon_run, T, notes)
+    optimizer_limit = np.exp(fresh_log)
+    capped = optimizer_limit if horizon_limit is None else np.minimum(optimizer_limit, horizon_limit)
+    # Where the anchors cannot tell lag from noise, both measure the same boundary.
+    pooled = np.where(lost_to_lag > 0, capped, np.minimum(capped, np.exp((fresh_log + stale_log) / 2)))
+    with np.errstate(divide="ignore"):
+        staleness_limit = 1 / (ratio * lost_to_lag)
+    predicted = 1 / (1 / pooled + ratio * lost_to_lag)
+    spread = predicted * np.exp(np.r_[0.0, model_error * rng.standard_normal(_NUM_DRAWS)])
+    estimate = float(predicted[0])
+    limits = {"staleness": float(staleness_limit[0]), "optimizer": fresh.learning_rate}
+    if horizon_limit is not None and math.isfinite(horizon_limit):
+        limits["horizon"] = horizon_limit
+    if fresh.horizon != T and horizon_limit is None:
+        notes.append(
+            f"the anchors ran {fresh.horizon} updates and T is {T}: without a horizon run the plan assumes that the limit does "
+            "not move with T, which holds for true rewards and fails for rewards that can be hacked"
+        )
+    censored = [anchor.max_staleness for anchor in (fresh, stale) if anchor.status == "censored"]
+    if censored:
+        notes.append(f"the sweep at S = {', '.join(map(str, censored))} never failed: this is a lower bound")
+    c = float(staleness_limit[0]) * measured["drift"] if measured["drift"] else None
+    G = measured["update_norm"]
+    return Plan(
+        status="censored" if censored else "bracketed",
+        max_learning_rate=estimate,
+        interval=_interval(spread[1:], confidence),
+        recommended=estimate / 2,
+        staleness_limit=limits["staleness"],
+        staleness_interval=_interval(staleness_limit[1:], confidence),
+        horizon_limit=horizon_limit,
+        horizon_interval=None if horizon_limit is None else (horizon_limit * 0.86, horizon_limit / 0.86),
+        optimizer_limit=fresh.learning_rate,
+        binding=min(limits, key=limits.get),
+        batch_radius=c,
+        critical_radius=horizon_limit * T * G if horizon_limit is not None and G is not None else None,
+        headroom=None if wanted["learning_rate"] is None else estimate / wanted["learning_rate"],
+        largest_staleness=_largest_staleness(wanted["learning_rate"], float(pooled[0]), float(lost_to_lag[0]), stale, probe),
+        notes=tuple(notes),
+        **wanted,
+        **measured,
+    )
+
+
+def _without_anchors(wanted, measured, probe, horizon_run) -> Plan:
+    """An order of magnitude: √E[(log r)²] grows as η, up to a rough constant at the boundary."""
+    if probe is None:
+        raise ValueError("neither anchors nor a probe are given; there is nothing to plan from")
+    notes = ["an order of magnitude only: without anchors nothing places the boundary"]
+    horizon_limit = _horizon_limit(horizon_run, wanted["horizon"], notes)
+    if probe.second_moment is None or not probe.second_moment > 0:
+        return _numberless("none", wanted, measured, "the probe has no second moment of log r, and there are no anchors")
+    limit = probe.learning_rate * math.sqrt(_SECOND_MOMENT_AT_BOUNDARY / probe.second_moment)
+    estimate = limit if horizon_limit is None else min(limit, horizon_limit)
+    factor = math.exp(stats.norm.ppf((1 + wanted["confidence"]) / 2) * _NO_ANCHOR_ERROR)
+    G = measured["update_norm"]
+    return Plan(
+        status="order of magnitude",
+        max_learning_rate=estimate,
+        interval=(estimate / factor, estimate * factor),
+        recommended=estimate / 2,
+        staleness_limit=limit,
+        staleness_interval=(limit / factor, limit * factor),
+        horizon_limit=horizon_limit,
+        horizon_interval=None if horizon_limit is None else (horizon_limit * 0.86, horizon_limit / 0.86),
+        optimizer_limit=None,
+        binding="staleness" if estimate == limit else "horizon",
+        batch_radius=limit * measured["drift"] if measured["drift"] else None,
+        critical_radius=None if horizon_limit is None else horizon_limit * wanted["horizon"] * G,
+        headroom=None if wanted["learning_rate"] is None else estimate / wanted["learning_rate"],
+        largest_staleness=None,
+        notes=tuple(notes),
+        **wanted,
+        **measured,
+    )
+
+
+def _numberless(status, wanted, measured, note) -> Plan:
+    empty = dict.fromkeys(
+        (
+            "max_learning_rate interval recommended staleness_limit staleness_interval horizon_limit horizon_interval "
+            "optimizer_limit binding batch_radius critical_radius headroom largest_staleness"
+        ).split()
+    )
+    return Plan(status=status, notes=(note,), **empty, **wanted, **measured)
+
+
+def _measured(probe: Probe | None, max_staleness: int) -> dict[str, float | None]:
+    if probe is None:
+        return dict.fromkeys(("update_norm", "drift", "drift_exponent", "clip_radius"))
+    return dict(
+        update_norm=probe.update_norm,
+        drift=probe.drift_at(max_staleness) if max_staleness else None,
+        drift_exponent=probe.drift_exponent,
+        clip_radius=probe.clip_radius,
+    )
+
+
+def _checked_anchors(anchors, wanted, probe, extrapolate) -> tuple[Anchor, Anchor]:
+    fresh, stale = sorted(anchors, key=lambda anchor: anchor.max_staleness) if len(anchors) == 2 else (None, None)
+    if fresh is None or fresh.max_staleness != 0 or stale.max_staleness == 0:
+        given = [anchor.max_staleness for anchor in anchors]
+        raise ValueError(f"anchors are given at S = {given}; a plan needs one at S = 0 and one at a larger S")
+    S, T = wanted["max_staleness"], wanted["horizon"]
+    if probe is None and S not in (0, stale.max_staleness):
+        raise ValueError(f"probe is missing: S = {S} is not that of an anchor, so its drift must be measured")
+    for name, value, reach in (("max_staleness", S, stale.max_staleness), ("horizon", T, min(fresh.horizon, stale.horizon))):
+        if value > _EXTRAPOLATION * reach and not extrapolate:
+            raise ValueError(
+                f"{name}={value} is more than {_EXTRAPOLATION:g} times the anchors' {reach}; measure anchors nearer to it, or "
+                "pass extrapolate (--extrapolate) and do not trust the interval"
+            )
+    return fresh, stale
+
+
+def _drift_ratio(probe: Probe | None, max_staleness: int, anchor_staleness: int) -> float:
+    """X(S)/X(S_a)."""
+    if max_staleness in (0, anchor_staleness):
+        return float(max_staleness > 0)
+    return probe.drift_at(max_staleness) / probe.drift_at(anchor_staleness)
+
+
+def _horizon_limit(run: HorizonRun | None, horizon: int, notes: list[str]) -> float | None:
+    if run is None:
+        return None
+    if run.collapse_step is None:
+        notes.append(f"the horizon run did not collapse within {run.num_updates} updates: no horizon limit was reached")
+        return math.inf
+    return run.learning_rate * run.collapse_step / horizon
+
+
+def _interval(draws: np.ndarray, confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2], method="nearest")
+    return float(low), float(high)
+
+
+def _largest_staleness(learning_rate, pooled, lost_to_lag, stale, probe) -> int | None:
+    """The largest S, up to the reach of the anchors, at which half the predicted η_80 is at least η."""
+    if learning_rate is None or 2 * learning_rate > pooled:
+        return None
+    reach = int(_EXTRAPOLATION * stale.max_staleness)
+    if lost_to_lag <= 0 or probe is None:
+        return reach if lost_to_lag <= 0 else None
+    allowed = [
+        S
+        for S in range(1, reach + 1)
+        if 1 / (1 / pooled + _drift_ratio(probe, S, stale.max_staleness) * lost_to_lag) >= 2 * learning_rate
+    ]
+    return max(allowed, default=0)

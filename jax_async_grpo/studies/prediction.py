@@ -1,0 +1,277 @@
+"""Study: does the planner predict the largest stable learning rate of tasks it has not seen, and do simpler rules do as well?
+
+Every world of the config is two cases, `<world>_anchor` and `<world>_truth`; the probes are derived from the anchors, at the
+largest learning rate of the ladder that is at most half of η_80 at the larger anchor.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jax_async_grpo import planner, sweep_summary
+from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number
+from jax_async_grpo.records import Workdir
+from jax_async_grpo.scaling import CollapseRule
+from jax_async_grpo.studies.prediction_page import figures, page
+from jax_async_grpo.studies.swept import run_sweep, sweep_pieces, validate_sweep
+
+__all__ = ["figures", "page", "pieces", "rivals", "run", "summary", "validate"]
+
+_KEYS = ("study", "sources", "precision", "anchor_staleness", "probe", "apart", "criteria", "sweep")
+_CRITERIA = ("median", "p90", "worst", "half_is_stable", "coverage", "without_anchors_median")
+_MEASURES = {  # of the stale rollouts of a probe; each is made proportional to η by its transform
+    "tv": ("off_policy/tv", lambda x: x),
+    "sqrt_kl": ("off_policy/kl", lambda x: math.sqrt(max(x, 0.0))),
+    "sqrt_second_moment": ("off_policy/second_moment", math.sqrt),
+    "sqrt_ess": ("off_policy/ess_ratio", lambda x: 1 / math.sqrt(x) - 1),
+}
+
+pieces = sweep_pieces
+
+
+def validate(config: Mapping[str, Any]) -> None:
+    """ValueError on the first thing in the config that cannot be run."""
+    check_keys(config, _KEYS, "")
+    check_keys(config["probe"], ("num_updates", "first_seed", "num_seeds"), "probe")
+    check_mapping(config["criteria"], "criteria")
+    check_keys(config["criteria"], _CRITERIA, "criteria")
+    for name in _CRITERIA:
+        check_number(config["criteria"][name], f"criteria.{name}", lambda x: x > 0, "> 0")
+    check_integer(config["anchor_staleness"], "anchor_staleness", minimum=1)
+    validate_sweep(config)
+    for world in _worlds(config):
+        anchor, truth = (config["sweep"]["cases"].get(f"{world}_{role}") for role in ("anchor", "truth"))
+        if anchor is None or truth is None or tuple(anchor["max_staleness"]) != (0, config["anchor_staleness"]):
+            raise ValueError(
+                f"config.sweep.cases: the world {world} needs {world}_anchor with max_staleness (0, "
+                f"{config['anchor_staleness']}) and {world}_truth"
+            )
+
+
+def run(config: Mapping[str, Any], workdir: Workdir, on_piece: Callable[[str, float], None]) -> None:
+    """Anchors and truth first, then the probes that the anchors ask for."""
+    programs: dict = {}
+    run_sweep(config, workdir, on_piece, programs)
+    cases = dict(config["sweep"]["cases"]) | _probe_cases(config, workdir.read_metrics())
+    run_sweep({**config, "sweep": {**config["sweep"], "cases": cases}}, workdir, on_piece, programs)
+
+
+def summary(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting with its truth, plan and rivals; errors per rule and per loss; what was to hold and what did."""
+    del sources
+    settings = _settings(rows, config)
+    apart = [setting for setting in settings if setting["algorithm"] in config["apart"]]
+    judged = [setting for setting in settings if setting["algorithm"] not in config["apart"]]
+    scores = {"all": _scores(judged)} | {
+        name: _scores([s for s in settings if s["algorithm"] == name]) for name in sorted({s["algorithm"] for s in settings})
+    }
+    return {
+        "settings": settings,
+        "scores": scores,
+        "statuses": _statuses(settings),
+        "checks": _checks(judged, scores["all"], config["criteria"]),
+        "num_settings": len(settings),
+        "num_judged": len([s for s in judged if s["truth"]["status"] == "found"]),
+        "num_apart": len(apart),
+        "widths": _widths(settings),
+    }
+
+
+def rivals(anchors: tuple[planner.Anchor, planner.Anchor], max_staleness: int, horizon: int, ratios: Mapping[str, float]):
+    """{rule: predicted η_80} of the simpler rules, from the same two anchors.
+
+    With η_0 and η_a the anchors at S = 0 and S_a: "constant" is η_a; "log_log" is linear in ln(1 + S) through both;
+    "paper_min" is min{η_a·S_a/S, η_0·T_a/T} (arXiv 2607.01083, both radii from the anchors); every other rule X takes
+    1/η = 1/η_0 + (X(S)/X(S_a))·(1/η_a − 1/η_0), "s_eta" with X = S.
+
+    Args:
+      anchors: found, at S = 0 and S_a.
+      max_staleness, horizon: S and T wanted, updates.
+      ratios: {rule: X(S)/X(S_a)} of measured X.
+    """
+    fresh, stale = anchors
+    low, high = fresh.learning_rate, stale.learning_rate
+    ratio = max_staleness / stale.max_staleness
+    position = math.log1p(max_staleness) / math.log1p(stale.max_staleness)
+    found = {
+        "constant": high,
+        "log_log": low * (high / low) ** position,
+        "paper_min": min(high / ratio, low * fresh.horizon / horizon),
+    }
+    for name, value in {"s_eta": ratio, **ratios}.items():
+        found[name] = 1 / (1 / low + value * max(1 / high - 1 / low, 0.0))
+    return found
+
+
+def _worlds(config) -> list[str]:
+    return sorted({name.rpartition("_")[0] for name in config["sweep"]["cases"]})
+
+
+def _boundaries(rows, config) -> dict[tuple[str, str, int], dict[str, Any]]:
+    rule, sweep = CollapseRule(**config["sweep"]["rule"]), config["sweep"]
+    options = dict(levels=(sweep["level"], 0.5), confidence=sweep["confidence"])
+    return {
+        (case, algorithm, staleness): sweep_summary.boundary_record(cells, rule, **options)
+        for (case, algorithm, _, staleness), cells in sweep_summary.groups(rows).items()
+        if not case.endswith("_probe")
+    }
+
+
+def _anchor(record: Mapping[str, Any], max_staleness: int, level: float) -> planner.Anchor:
+    rate = record[f"eta_{100 * level:g}"]
+    return planner.Anchor(
+        max_staleness=max_staleness,
+        horizon=int(record["horizon"]),
+        status=record["status"],
+        learning_rate=max(record["learning_rates"]) if record["status"] == "censored" else rate,
+        interval=None if record["interval"] is None else tuple(record["interval"]),
+        num_seeds=record["num_seeds"],
+    )
+
+
+def _probe_cases(config, rows) -> dict[str, Any]:
+    """Cases of the probes: every (world, loss) at its own learning rate, at the wanted lags and at the anchor's."""
+    found, cases, lag = _boundaries(rows, config), {}, config["anchor_staleness"]
+    for world in _worlds(config):
+        part = config["sweep"]["cases"][f"{world}_truth"]
+        for algorithm in part["algorithms"]:
+            anchor = _anchor(found[f"{world}_anchor", algorithm, lag], lag, config["sweep"]["level"])
+            if anchor.learning_rate is None:
+                continue
+            rates = [rate for rate in part["learning_rates"] if rate <= anchor.learning_rate / 2]
+            probe = {**part, **config["probe"], "algorithms": (algorithm,), "num_windows": 1}
+            probe |= {"learning_rates": (max(rates, default=min(part["learning_rates"])),)}
+            cases[f"{world}_{algorithm}_probe"] = probe
+            cases[f"{world}_{algorithm}_near_probe"] = {**probe, "max_staleness": (0, lag)}
+    return cases
+
+
+def _settings(rows, config) -> list[dict[str, Any]]:
+    boundaries, groups, lag = _boundaries(rows, config), sweep_summary.groups(rows), config["anchor_staleness"]
+    settings = []
+    for world in _worlds(config):
+        part = config["sweep"]["cases"][f"{world}_truth"]
+        for algorithm, staleness in itertools.product(part["algorithms"], part["max_staleness"]):
+            truth = boundaries[f"{world}_truth", algorithm, staleness]
+            records = [boundaries[f"{world}_anchor", algorithm, s] for s in (0, lag)]
+            anchors = tuple(_anchor(r, s, config["sweep"]["level"]) for r, s in zip(records, (0, lag), strict=True))
+            cells = {
+                s: groups.get((f"{world}_{algorithm}_{kind}", algorithm, "fixed", s), [None])[0]
+                for s, kind in ((staleness, "probe"), (lag, "near_probe"))
+            }
+            setting = dict(world=world, algorithm=algorithm, max_staleness=staleness, truth=truth)
+            settings.append(setting | _predictions(anchors, staleness, int(truth["horizon"]), cells[staleness], cells[lag]))
+    return settings
+
+
+def _predictions(anchors, staleness, horizon, far, near) -> dict[str, Any]:
+    """The plan with and without anchors, and the rivals, of one setting; None where there is no number."""
+    words = {anchor.max_staleness: anchor.status for anchor in anchors}
+    rates = {anchor.max_staleness: anchor.learning_rate for anchor in anchors}
+    result = dict(anchors=words, anchor_rates=rates, plan=None, without_anchors=None, rules={}, probe=None)
+    if far is None:
+        return result
+    probe = _probe(far, staleness)
+    plan = planner.make_plan(max_staleness=staleness, horizon=horizon, probe=probe, anchors=anchors)
+    alone = planner.make_plan(max_staleness=staleness, horizon=horizon, probe=probe)
+    result |= dict(plan=_short(plan), without_anchors=_short(alone))
+    result |= dict(probe=dict(learning_rate=probe.learning_rate, drift=probe.drift, second_moment=probe.second_moment))
+    if set(words.values()) == {"found"}:
+        ratios = {name: _measure(far, *of) / _measure(near, *of) for name, of in _MEASURES.items()}
+        result["rules"] = {"planner": plan.max_learning_rate} | rivals(anchors, staleness, horizon, ratios)
+    return result
+
+
+def _short(plan: planner.Plan) -> dict[str, Any]:
+    return dict(status=plan.status, rate=plan.max_learning_rate, interval=plan.interval, binding=plan.binding)
+
+
+def _probe(cell, staleness) -> planner.Probe:
+    msd = np.mean(cell["msd"], axis=0)
+    return planner.Probe(
+        max_staleness=staleness,
+        learning_rate=cell["learning_rate"],
+        drift={int(lag): float(np.sqrt(value)) for lag, value in zip(cell["msd_lags"], msd, strict=True)},
+        second_moment=float(np.mean(cell["windows"]["off_policy/second_moment"])),
+    )
+
+
+def _measure(cell, name, transform) -> float:
+    return max(transform(float(np.mean(cell["windows"][name]))), 1e-12)
+
+
+def _scores(settings) -> dict[str, dict[str, float]]:
+    """{rule: median, p90 and worst |ln(predicted/true)|, and how many} where the truth and every rule have a number."""
+    usable = [s for s in settings if s["truth"]["status"] == "found" and s["rules"]]
+    names = list(usable[0]["rules"]) if usable else []
+    table = {name: [abs(math.log(s["rules"][name] / s["truth"]["eta_80"])) for s in usable] for name in names}
+    alone = [s for s in settings if s["truth"]["status"] == "found" and s["without_anchors"] and s["without_anchors"]["rate"]]
+    table["without_anchors"] = [abs(math.log(s["without_anchors"]["rate"] / s["truth"]["eta_80"])) for s in alone]
+    return {
+        name: dict(
+            median=float(np.median(errors)), p90=float(np.quantile(errors, 0.9)), worst=float(max(errors)), number=len(errors)
+        )
+        for name, errors in table.items()
+        if errors
+    }
+
+
+def _statuses(settings) -> list[dict[str, Any]]:
+    """How often each word of the plan met each word of the truth."""
+    pairs = [(s["plan"]["status"] if s["plan"] else _word(s["anchors"]), s["truth"]["status"]) for s in settings]
+    return [dict(plan=plan, truth=truth, number=pairs.count((plan, truth))) for plan, truth in sorted(set(pairs))]
+
+
+def _word(words: Mapping[int, str]) -> str:
+    return next(word for word in ("none", "ill-defined", "censored") if word in words.values())
+
+
+def _widths(settings) -> dict[str, float]:
+    """Median ln(η_20/η_80) of the truth, per loss."""
+    widths: dict[str, list[float]] = {}
+    for setting in settings:
+        if setting["truth"]["status"] == "found":
+            widths.setdefault(setting["algorithm"], []).append(setting["truth"]["width"])
+    return {name: float(np.median(values)) for name, values in sorted(widths.items())}
+
+
+def _is_stable(truth: Mapping[str, Any], learning_rate: float, level: float = 0.8) -> bool:
+    """Do the runs at the measured learning rate nearest to it succeed?"""
+    nearest = int(np.argmin(np.abs(np.log(np.array(truth["learning_rates"]) / learning_rate))))
+    return truth["shares"][nearest] >= level
+
+
+def _checks(judged, scores, criteria) -> list[dict[str, Any]]:
+    """What was to hold, the measured number, and whether it did."""
+    checks = [
+        dict(name=f"{kind} of abs ln error", value=scores["planner"][kind], limit=criteria[kind], at_most=True)
+        for kind in ("median", "p90", "worst")
+        if "planner" in scores
+    ]
+    numbered = [s for s in judged if s["plan"] and s["plan"]["rate"]]
+    known = [s for s in numbered if s["truth"]["status"] == "found"]
+    shares = {
+        "half_is_stable": [_is_stable(s["truth"], s["plan"]["rate"] / 2) for s in numbered],
+        "coverage": [s["plan"]["interval"][0] <= s["truth"]["eta_80"] <= s["plan"]["interval"][1] for s in known],
+    }
+    words = dict(half_is_stable="half the prediction is stable, share", coverage="90 % intervals that cover, share")
+    checks += [
+        dict(name=words[name], value=float(np.mean(hits)), limit=criteria[name], at_most=False)
+        for name, hits in shares.items()
+        if hits
+    ]
+    for rival, word in (("constant", "a constant η"), ("log_log", "log-log interpolation")):
+        if rival in scores:
+            value, limit = scores["planner"]["median"], scores[rival]["median"]
+            checks.append(dict(name=f"median not above that of {word}", value=value, limit=limit, at_most=True))
+    if "without_anchors" in scores:
+        value = scores["without_anchors"]["median"]
+        checks.append(dict(name="median without anchors", value=value, limit=criteria["without_anchors_median"], at_most=True))
+    for check in checks:
+        check["holds"] = check["value"] <= check["limit"] if check["at_most"] else check["value"] >= check["limit"]
+    return checks

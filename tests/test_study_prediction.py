@@ -1,0 +1,163 @@
+"""The planner's test: on planted records the truth is known, so every number of the page has one right value."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+
+from configs import study_prediction
+from configs.sweep_digits import algorithm, case
+from jax_async_grpo import planner, records
+from jax_async_grpo.studies import contract, prediction
+
+RATES = tuple(0.01 * 1.3**k for k in range(22))
+
+
+def tiny_config() -> dict:
+    config = study_prediction.get_config().to_dict()
+    world = dict(
+        policy="jax_async_grpo.policies.tabular",
+        policy_options=dict(context_length=1, init_scale=1.0),
+        task="jax_async_grpo.tasks.bandit",
+        task_options=dict(rewards=((1.0, 0.0, 0.0), (0.0, 0.5, 1.0))),
+        warm_start={},
+        optimizer="optax.sgd",
+        algorithms=("no_is",),
+        learning_rates=(0.5, 1.0, 2.0),
+        num_measurements=10,
+        num_windows=2,
+        num_seeds=2,
+    )
+    cases = {
+        "w_anchor": case(**world, max_staleness=(0, 2), num_updates=20, first_seed=100),
+        "w_truth": case(**world, max_staleness=(4, 5), num_updates=40),
+    }
+    sweep = config["sweep"] | dict(precision="float64", group_size=4, algorithms={"no_is": algorithm("reinforce")}, cases=cases)
+    probe = dict(num_updates=10, first_seed=200, num_seeds=2)
+    return config | dict(precision="float64", anchor_staleness=2, probe=probe, apart=(), sweep=sweep)
+
+
+def planted(eta_80_of_lag, gamma=1.0):
+    """Records of a world in which a run succeeds up to an η that depends on S alone; drift grows as s^{γ/2}."""
+    config = tiny_config()
+    config["anchor_staleness"] = 8
+    for name, lags in (("w_anchor", (0, 8)), ("w_truth", (16, 32))):
+        config["sweep"]["cases"][name] |= dict(max_staleness=lags, learning_rates=RATES)
+    rows = [dict(kind="start", case=name, reward=0.4, ceiling=1.0) for name in ("w_anchor", "w_truth")]
+    rows += [dict(kind="start", case=f"w_no_is_{kind}", reward=0.4, ceiling=1.0) for kind in ("probe", "near_probe")]
+
+    def cell(name, lag, rate, num_updates):
+        steps = np.arange(1, 11) * num_updates // 10
+        # seeds differ a little, so that success is lost over a range
+        limits = eta_80_of_lag(lag) * np.exp(0.2 * np.linspace(-1, 1, 20) + 0.1)
+        reward = [[0.9 if rate < limit else 0.1] * 10 for limit in limits]
+        lags = sorted({1, *(2**k for k in range(6) if 2**k < lag), max(lag, 1)})
+        msd = [[(2 * rate) ** 2 * s**gamma for s in lags]] * 20
+        measures = {"off_policy/tv": 0.1 * rate * lag, "off_policy/kl": (0.1 * rate * lag) ** 2}
+        measures |= {
+            "off_policy/second_moment": 0.1 * (rate * (lag + 1e-9)) ** 2,
+            "off_policy/ess_ratio": 1 / (1 + 0.1 * rate * lag) ** 2,
+        }
+        return dict(
+            kind="cell", piece=name, case=name, algorithm="no_is", schedule="fixed", max_staleness=lag, learning_rate=rate,
+            steps=steps.tolist(), reward=reward, seeds=list(range(20)), msd_lags=lags, msd=msd,
+            windows={key: [[value]] * 20 for key, value in measures.items()},
+        )  # fmt: skip
+
+    for name, lags, updates in (("w_anchor", (0, 8), 400), ("w_truth", (16, 32), 800)):
+        rows += [cell(name, lag, rate, updates) for lag in lags for rate in RATES]
+    probes = prediction._probe_cases(config, rows)
+    for name, part in probes.items():
+        rows += [cell(name, lag, rate, 80) for lag in part["max_staleness"] for rate in part["learning_rates"]]
+    return config, rows, probes
+
+
+def law(exponent):
+    return lambda lag: 1 / (1 / 1.0 + 10 * (lag / 8) ** exponent)
+
+
+def test_a_world_that_obeys_the_form_is_predicted():
+    """1/η_80 = 1 + 10·(S/8)^{γ/2} with the γ of the drift: only the spacing of the η ladder is left as an error."""
+    config, rows, probes = planted(law(0.5))
+    result = prediction.summary(rows, config, {})
+    scores = result["scores"]["all"]
+    chosen, anchored = probes["w_no_is_probe"]["learning_rates"][0], result["settings"][0]["anchor_rates"][8]
+    assert chosen == max(rate for rate in RATES if rate <= anchored / 2)
+    assert scores["planner"]["worst"] < 0.15
+    assert scores["s_eta"]["median"] > 0.4 and scores["constant"]["median"] > 0.4  # the wrong forms miss
+    assert all(check["holds"] for check in result["checks"] if "anchors" not in check["name"])
+    assert {s["plan"]["status"] for s in result["settings"]} == {"bracketed"}
+
+
+def test_ballistic_drift_makes_the_planner_the_product_rule():
+    config, rows, _ = planted(law(1.0), gamma=2.0)
+    scores = prediction.summary(rows, config, {})["scores"]["all"]
+    np.testing.assert_allclose(scores["planner"]["worst"], scores["s_eta"]["worst"], rtol=1e-9)
+    assert scores["planner"]["worst"] < 0.15 and scores["constant"]["median"] > 0.4
+
+
+def test_a_world_that_breaks_the_form_fails_its_criteria():
+    """Lag that suddenly matters: nothing in the anchors or the drift says so, and the page must."""
+    config, rows, _ = planted(lambda lag: 0.5 if lag <= 8 else 0.02)
+    result = prediction.summary(rows, config, {})
+    assert any(not check["holds"] for check in result["checks"])
+    assert "**fails**" in prediction.page(result)
+
+
+def test_words_instead_of_numbers_are_counted_and_not_scored():
+    config, rows, probes = planted(lambda lag: 100.0 if lag == 0 else 0.08)
+    result = prediction.summary(rows, config, {})
+    assert result["scores"]["all"].keys() <= {"without_anchors"}  # η_80 at S = 0 is beyond the ladder
+    assert result["statuses"] == [dict(plan="censored", truth="found", number=2)] and probes
+    config, rows, probes = planted(lambda lag: 0.001)
+    result = prediction.summary(rows, config, {})
+    assert result["statuses"] == [dict(plan="none", truth="none", number=2)] and not probes
+
+
+def test_rivals_are_what_their_names_say():
+    anchors = tuple(planner.Anchor(S, 400, "found", eta) for S, eta in ((0, 0.4), (8, 0.1)))
+    found = prediction.rivals(anchors, 32, 800, {"tv": 2.0})
+    expected = dict(constant=0.1, paper_min=0.025, s_eta=1 / (2.5 + 4 * 7.5), tv=1 / (2.5 + 2 * 7.5))
+    expected["log_log"] = 0.4 * 0.25 ** (math.log(33) / math.log(9))
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_study_runs_stops_and_goes_on(tmp_path):
+    """Anchors, truth and probes of a tiny world, killed once; then the page from the records alone."""
+    config = tiny_config()
+    prediction.validate(config)
+    seen = []
+
+    def stop(name, seconds):
+        seen.append(name)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    workdir = records.open_workdir(tmp_path / "run", config)
+    with pytest.raises(KeyboardInterrupt):
+        prediction.run(config, workdir, stop)
+    prediction.run(config, workdir, lambda name, seconds: seen.append(name))
+    assert len(seen) == len(set(seen)) and set(prediction.pieces(config)) <= set(seen)
+    written = contract.write_results(prediction, config, workdir, tmp_path / "page.md")
+    assert {path.name for path in written} >= {"page.md", "prediction.png", "prediction.svg"}
+    assert "| w | no_is | 4 |" in (tmp_path / "page.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["sweep"]["cases"].pop("w_truth"), "the world w needs w_anchor"),
+        (lambda c: c["sweep"]["cases"]["w_anchor"].update(max_staleness=(0, 3)), r"max_staleness \(0, 2\)"),
+        (lambda c: c["criteria"].pop("p90"), "config.criteria.p90 is missing"),
+        (lambda c: c.update(anchor_staleness=0), "config.anchor_staleness is 0"),
+        (lambda c: c["sweep"].update(precision="float16"), "config.sweep.precision is 'float16'"),
+    ],
+)
+def test_a_wrong_config_is_one_line(change, message):
+    config = copy.deepcopy(tiny_config())
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        prediction.validate(config)
