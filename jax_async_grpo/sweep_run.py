@@ -1,7 +1,7 @@
 """Sweeps of whole training runs over (S, η, seed, loss): from a config to chunks of runs, and from chunks to records.
 
 Records in metrics.jsonl, one JSON object a line: "start" (once per case: the reward before the first update and the best there
-is), "cell" (all seeds of one X
+is), "cell" (all seeds of one (case, algorithm, schedule, S, η)) and "piece" (written last, so that a chunk without it does not
 count). A shorter horizon is read off the same run, so horizons cost nothing. Records depend on the config alone: a sweep
 that was killed and continued ends with the same bytes.
 """
