@@ -1,10 +1,11 @@
 """Which variable makes the success curves of different S one curve: S·η, drift, ESS, KL, ..., or η alone, by one score.
 
-    python -m launch.study --config=configs/study_variables.py --workdir=docs/laws/records/variables --page=docs/laws/variables.md
+    python -m launch.study --config=configs/study_variables.py --workdir=docs/laws/records/variables
+        --page=docs/laws/variables.md
 
 takes seconds: it reads the records of the study of collapse. The score, the selection of runs, the window and the list of
-variables were written before any of those records had been scored, the list with √S·η, the drift of a random walk, added to what the
-literature proposes; the pilot of the sweep (other seeds, 1000 to 1003) had shown which runs fail how early. Nothing was changed since.
+variables, √S·η (the drift of a random walk) among them, were written before any of those records had been scored; the pilot of
+the sweep, with other seeds (1000 to 1003), had shown which runs fail and how early. What the figure shows was chosen later.
 """
 
 from __future__ import annotations
@@ -27,5 +28,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.num_bootstrap = 200  # resamples of the seeds
     config.confidence = 0.9
     config.seed = 0
-    config.shown = ("eta", "s_eta", "drift", "tv")  # of the figure
+    config.shown = ("eta", "sqrt_s_eta", "s_eta", "drift", "tv")  # of the figure
     return config

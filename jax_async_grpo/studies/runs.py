@@ -29,8 +29,8 @@ class RunTable:
       seed: [n]; equal seeds of two cells drew the same noise.
       outcome: [n], of `scaling.OUTCOMES`.
       collapse_step, second_collapse_step: [n] of either rule of `scaling.classify_run`; inf where it did not fire.
-      failure_step: [n] when a run had failed in any way: the earlier collapse step or, for a frozen run, the step from which its
-        reward stands still; inf for a run that did neither.
+      failure_step: [n] when a run had failed in any way: the earlier collapse step or, for a frozen run, the step from which
+        its reward stands still; inf for a run that did neither.
       window_ends: [W] last measured step of each window.
       windows: {name: [n, W]} means over the windows; `reward` among them.
       msd: n dicts {lag: mean of ‖θ_t − θ_{t−lag}‖² over the whole run}.

@@ -244,9 +244,7 @@ def _cell_values(runs: RunTable) -> dict[str, np.ndarray]:
 
 
 def _cell_index(runs: RunTable) -> np.ndarray:
-    keys = list(
-        zip(runs.algorithm, runs.schedule, runs.max_staleness.tolist(), runs.learning_rate.tolist(), strict=True)
-    )
+    keys = list(zip(runs.algorithm, runs.schedule, runs.max_staleness.tolist(), runs.learning_rate.tolist(), strict=True))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([numbers[key] for key in keys])
 
@@ -293,6 +291,7 @@ def isotonic_predictions(x, y, weights, at) -> np.ndarray:
     Returns:
       [k].
     """
+    x, y, weights = (np.asarray(part, np.float64) for part in (x, y, weights))
     kept = weights > 0
     places, index = np.unique(x[kept], return_inverse=True)
     total = np.bincount(index, weights[kept])
@@ -320,7 +319,10 @@ def _boundaries(runs: RunTable, x: np.ndarray) -> list[dict[str, Any]]:
     for s in np.unique(runs.max_staleness):
         inside = runs.max_staleness == s
         found.append(
-            {"max_staleness": int(s), "value": boundary_value(x[inside], runs.outcome[inside] == "success", np.ones(inside.sum()))}
+            {
+                "max_staleness": int(s),
+                "value": boundary_value(x[inside], runs.outcome[inside] == "success", np.ones(inside.sum())),
+            }
         )
     return found
 

@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from jax_async_grpo.studies.contract import save_figure
 from jax_async_grpo.studies.page_parts import list_of, markdown_table, with_interval
@@ -37,8 +38,8 @@ def page(summary: Mapping[str, Any]) -> str:
         "form enters and every increasing transform of a variable (1/√ESS − 1 or 1 − ESS) has the same score. The mean squared "
         "error (Brier score), each S counting the same, is compared with that of η alone, the rival that says there is nothing "
         "to collapse: skill = 1 − Brier/Brier(η); 0 is as good as η alone, below 0 worse.",
-        f"Runs with S ≥ {summary['min_staleness']}, from the η with the highest share of success upwards: below it runs fail by "
-        "learning too slowly. A measured variable enters as its median over the seeds of a cell, over the *first window* of "
+        f"Runs with S ≥ {summary['min_staleness']}, from the η with the highest share of success upwards: below it runs fail "
+        "by learning too slowly. A measured variable enters as its median over the seeds of a cell, over the *first window* of "
         f"the run (to update {end}), and only runs that had not failed by then are scored, for every variable alike: after a "
         "collapse a measured variable is a result of it. √MSD(S) alone is recorded as a mean over the *whole* run, falls "
         "included; what it scores is no prediction. Intervals resample seeds, which all cells share "
@@ -51,12 +52,12 @@ def page(summary: Mapping[str, Any]) -> str:
         "![Share of success over four of the variables, a color an S](figures:variables_curves.png)" if losses else "",
         "## At the boundary",
         "The value of the variable between the cells where half of the runs succeed, largest over smallest S; 1 would be one "
-        "number for all S. The learning rates lie a constant factor apart, and so does what can be told; the ratio of a variable "
-        "that grows as the square of a distance (second moment, KL) is to be read as the square of one.",
+        "number for all S. The learning rates lie a constant factor apart, and so does what can be told; the ratio of a "
+        "variable that grows as the square of a distance (second moment, KL) is to be read as the square of one.",
         _boundary_table(summary),
         "## The same under other declarations",
-        "Skill, with the variable of each run instead of the median of its cell / with all runs, those included that had failed "
-        "within the first window.",
+        "Skill, with the variable of each run instead of the median of its cell / with all runs, those included that had "
+        "failed within the first window.",
         _sensitivity_table(summary),
         _about_early(losses),
         "## One curve for all losses?",
@@ -134,8 +135,8 @@ def _about_loss(record: Mapping[str, Any], labels: Mapping[str, str]) -> str:
 def _about_fixed(losses: Sequence[Mapping[str, Any]]) -> str:
     if losses and all(record["all_fixed"] for record in losses):
         return (
-            "All these runs have a fixed lag, where the rms staleness *is* S: rms staleness·η and S·η are one variable here, and "
-            "which of them it is cannot be told from these records."
+            "All these runs have a fixed lag, where the rms staleness *is* S: rms staleness·η and S·η are one variable here, "
+            "and which of them it is cannot be told from these records."
         )
     return ""
 
@@ -160,9 +161,7 @@ def _sensitivity_table(summary: Mapping[str, Any]) -> str:
         return " / ".join(with_interval(record["others"][kind][name], None) for kind in ("per_run", "all_runs"))
 
     losses = summary["losses"]
-    lines = [
-        (label, *(shown(record, name) for record in losses)) for name, label in summary["labels"].items() if name != "eta"
-    ]
+    lines = [(label, *(shown(record, name) for record in losses)) for name, label in summary["labels"].items() if name != "eta"]
     return markdown_table(("Variable", *_names(losses)), lines)
 
 
@@ -204,9 +203,9 @@ def _limits(summary: Mapping[str, Any]) -> str:
     chance = (1 - summary["confidence"]) * num_intervals
     return (
         "One task, one small policy, one horizon; a fixed lag. The measured variables are means over the first window, an "
-        "average of the fast start of training and what comes after; another window may rank them otherwise. To score runs that "
-        "stand at its end is to leave out those far past the boundary, and for those left a measured variable may still show a "
-        "failure under way. The variable with the lowest score is picked from ten: its interval does not know that. Of "
+        "average of the fast start of training and what comes after; another window may rank them otherwise. To score runs "
+        "that stand at its end is to leave out those far past the boundary, and for those left a measured variable may still "
+        "show a failure under way. The variable with the lowest score is picked from ten: its interval does not know that. Of "
         f"{num_intervals} intervals about {chance:.0f} would miss their true value by chance. A variable that does well here "
         "marks the boundary; that limiting it would move the boundary is another claim, and not tested here."
     )
@@ -221,7 +220,7 @@ def figures(rows: Sequence[Any], summary: Mapping[str, Any], folder: os.PathLike
 def _curves(summary: Mapping[str, Any]) -> Figure:
     """Share of success over each shown variable: a row a loss, a column a variable, a color and a marker an S."""
     losses, shown = summary["losses"], list(summary["shown"])
-    figure = Figure(figsize=(2.5 * len(shown) + 0.5, 1.8 * len(losses) + 0.9), layout="constrained")
+    figure = Figure(figsize=(2.2 * len(shown) + 0.5, 1.8 * len(losses) + 0.9), layout="constrained")
     axes = figure.subplots(len(losses), len(shown), sharey=True, squeeze=False)
     staleness = sorted({cell["max_staleness"] for record in losses for cell in record["cells"]})
     colors = colormaps["viridis"](np.linspace(0.0, 0.85, len(staleness)))
@@ -230,11 +229,14 @@ def _curves(summary: Mapping[str, Any]) -> Figure:
         for ax, name in zip(line, shown, strict=True):
             for s, (color, marker) in styles.items():
                 cells = sorted(
-                    (cell[name], cell["share"]) for cell in record["cells"] if cell["max_staleness"] == s and 0 < cell[name] < math.inf
+                    (cell[name], cell["share"])
+                    for cell in record["cells"]
+                    if cell["max_staleness"] == s and 0 < cell[name] < math.inf
                 )
                 if cells:
                     ax.plot(*zip(*cells, strict=True), color=color, marker=marker, ms=4, lw=1, alpha=0.9)
             ax.set(xscale="log", ylim=(-0.05, 1.05))
+            ax.xaxis.set_minor_formatter(NullFormatter())
             ax.grid(alpha=0.3, lw=0.5)
             skill = record["scores"][name]["skill"]
             if name != "eta" and skill is not None:
