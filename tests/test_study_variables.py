@@ -252,7 +252,8 @@ def test_a_tiny_sweep_goes_through_both_studies(tmp_path):
     """Real records: every column both studies read is there, and both write a page and figures."""
     sweep = default_sweep()
     sweep.algorithms = dict(no_is=algorithm("reinforce"))
-    options = dict(policy="jax_async_grpo.policies.tabular", policy_options=dict(context_length=3), warm_start=None, optimizer="optax.sgd")
+    options = dict(policy="jax_async_grpo.policies.tabular", policy_options=dict(context_length=3))
+    options |= dict(warm_start=None, optimizer="optax.sgd")
     options |= dict(task_options=dict(num_prompts=1, num_digits=1, base=3, seed=0), max_staleness=(0, 4, 8))
     options |= dict(learning_rates=(0.5, 30.0), num_updates=40, num_measurements=10, num_windows=5, num_seeds=3)
     sweep.cases = dict(adam=case(**options, algorithms=("no_is",)))

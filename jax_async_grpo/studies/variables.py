@@ -49,7 +49,6 @@ _KEYS = (
     "shown",
 )
 _PIECE = "analysis"
-_NO_RUN = 1e-12  # weight below which a resample does not hold a value
 
 
 def _given(power: float) -> Callable[[RunTable], np.ndarray]:
@@ -261,24 +260,29 @@ def transfer_score(x, success, held_out, weights) -> np.ndarray:
     Returns:
       [m], the mean over groups, each counting the same; NaN where a resample leaves a group or its complement empty.
     """
-    x, success = np.asarray(x, np.float64), np.asarray(success, np.float64)
+    x, success, weights = (np.asarray(part, np.float64) for part in (x, success, weights))
+    places, index = np.unique(x, return_inverse=True)
     scores = []
     for group in np.unique(held_out):
         inside = held_out == group
-        scores.append(
-            [
-                _brier(x[~inside], success[~inside], w[~inside], x[inside], success[inside], w[inside])
-                for w in np.asarray(weights, np.float64)
-            ]
-        )
+        train, test = (_counts(index[part], success[part], weights[:, part], len(places)) for part in (~inside, inside))
+        scores.append([_brier(places, *parts) for parts in zip(*train, *test, strict=True)])
     return np.mean(scores, axis=0)
 
 
-def _brier(train_x, train_y, train_w, test_x, test_y, test_w) -> float:
-    if train_w.sum() <= _NO_RUN or test_w.sum() <= _NO_RUN:
+def _counts(index, success, weights, num_places: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weight of the runs [m, p], and of those that succeed, at each of p values."""
+    member = (index[:, None] == np.arange(num_places)).astype(np.float64)
+    return weights @ member, (weights * success) @ member
+
+
+def _brier(places, train, train_success, test, test_success) -> float:
+    """Mean of (predicted − success)² over the test runs, from counts at the places."""
+    if train.sum() == 0 or test.sum() == 0:
         return math.nan
-    predicted = isotonic_predictions(train_x, train_y, train_w, test_x)
-    return float(test_w @ (predicted - test_y) ** 2 / test_w.sum())
+    below, above, curve = _falling_curve(train_success, train)
+    predicted = (curve[below] + curve[above]) / 2
+    return float((test * predicted**2 - 2 * predicted * test_success + test_success).sum() / test.sum())
 
 
 def isotonic_predictions(x, y, weights, at) -> np.ndarray:
@@ -294,12 +298,19 @@ def isotonic_predictions(x, y, weights, at) -> np.ndarray:
     x, y, weights = (np.asarray(part, np.float64) for part in (x, y, weights))
     kept = weights > 0
     places, index = np.unique(x[kept], return_inverse=True)
-    total = np.bincount(index, weights[kept])
-    curve = isotonic_regression(np.bincount(index, (weights * y)[kept]) / total, weights=total, increasing=False).x
-    last = len(places) - 1
-    below = np.clip(np.searchsorted(places, at, side="right") - 1, 0, last)
-    above = np.clip(np.searchsorted(places, at, side="left"), 0, last)
+    curve = _falling_curve(np.bincount(index, (weights * y)[kept]), np.bincount(index, weights[kept]))[2]
+    below = np.maximum(np.searchsorted(places, at, side="right") - 1, 0)
+    above = np.minimum(np.searchsorted(places, at, side="left"), len(places) - 1)
     return (curve[below] + curve[above]) / 2
+
+
+def _falling_curve(sums, total) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The isotonic regression of sums/total at the places with weight [k], and for all p places their neighbors among those."""
+    kept = total > 0
+    weight = total[kept]
+    curve = isotonic_regression(sums[kept] / weight, weights=weight, increasing=False).x
+    counted = kept.cumsum()
+    return np.maximum(counted - 1, 0), np.minimum(counted - kept, len(curve) - 1), curve
 
 
 def _own_curve(runs: RunTable) -> float:

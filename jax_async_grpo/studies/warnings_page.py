@@ -135,8 +135,9 @@ def _about_cosine(record: Mapping[str, Any], labels: Mapping[str, str]) -> str:
         sentences.append(
             f"Farther from ½ at equal loss and S than the cosine ({same_s['cosine']['auc']:.2f}): {list_of(ahead)}."
         )
-    known = [f"{labels[name]} ({score['auc']:.2f})" for name, score in cell.items() if _side(score)]
-    sentences.append(f"Beyond η, with an interval that leaves out ½: {list_of(known)}.")
+    for aucs, when in ((cell, "of any later fall"), (record["next_window_cell"], "of a fall within the next window")):
+        known = [f"{labels[name]} ({_shown(score)})" for name, score in aucs.items() if _side(score)]
+        sentences.append(f"What knows something {when} beyond η, by an interval that leaves out ½: {list_of(known)}.")
     if _side(cell["cosine"]) <= 0 and _side(same_s["cosine"]) <= 0:
         sentences.append("Over all windows, a larger cosine does not go before a fall.")
     elif _side(cell["cosine"]) > 0:
@@ -180,6 +181,9 @@ def _about_lag(record: Mapping[str, Any]) -> str:
     else:
         text = "The cosine marks neither lag nor falls"
     text += f" (AUC {_shown(lag)}, against {_shown(cell)} for falls)."
+    soon = record["next_window_cell"]["cosine"]
+    if not marks_fall and _side(soon):
+        text += f" Only of falls within the next window it knows something, {_shown(soon)}."
     below = record["lag"]["below_twin"]
     if marks_lag and below["auc"] is not None:
         text += f" Its distance below the twin cosine has {_shown(below)} for lag: "
