@@ -124,6 +124,16 @@ def test_one_curve_for_all_losses_where_one_was_planted():
     assert universal["best"] == "drift" and universal["scores"]["drift"]["interval"][0] > 0
 
 
+def test_the_curve_for_all_losses_is_that_of_the_other_losses():
+    """a succeeds up to the third η, b up to the sixth: between them each is foretold the other's fate, wrong by 1."""
+
+    def run(name, s, rate, seed):
+        return ("success" if rate <= RATES[2 if name == "a" else 5] else "fall"), 400.0, {}
+
+    (universal,) = analyze(sweep_rows(run, algorithms=("a", "b")))["universal"]
+    assert universal["scores"]["eta"]["brier"] == pytest.approx(3 / 8)
+
+
 def test_isotonic_predictions_are_the_best_falling_curve_and_know_the_order_alone():
     rng = np.random.default_rng(0)
     x, y, w = rng.integers(0, 12, 60).astype(float), rng.integers(0, 2, 60), rng.integers(0, 4, 60).astype(float)

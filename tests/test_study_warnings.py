@@ -89,7 +89,7 @@ def test_a_planted_warning_is_found_with_its_sign_before_the_fall_alone(sign):
     assert third["cosine"]["auc"] is None
     assert record["next_window"]["cosine"]["auc"] == second["cosine"]["auc"]
     assert side(record["fall"]["cell"]["cosine"]) == sign and side(record["lag"]["cosine"]) == 0
-    assert side(record["fall"]["cell"]["below_twin"]) == -sign
+    assert side(record["fall"]["cell"]["below_twin"]) == -sign and side(record["next_window_cell"]["cosine"]) == sign
     page = warnings.page(summary)
     assert "The cosine marks falls and not lag" in page
     expected = "also among runs of the same η" if sign > 0 else "Over all windows, a larger cosine does not go before a fall."
@@ -157,7 +157,9 @@ def test_losses_that_agree_without_lag_are_said_to():
     both = analyze(run, algorithms=("a", "b"))
     assert both["cases"][0]["same_without_lag"] and "all losses follow the same runs" in warnings.page(both)
     one = analyze(lambda name, s, rate, seed: ("success", math.inf, {}))
-    assert not one["cases"][0]["same_without_lag"] and "all losses follow" not in warnings.page(one)
+    page = warnings.page(one)
+    assert not one["cases"][0]["same_without_lag"] and "all losses follow" not in page
+    assert "there is nothing to announce" in page and "of falls at equal η nothing can be said" in page
 
 
 def test_figures_and_the_side_of_the_windows(tmp_path):

@@ -49,7 +49,7 @@ def page(summary: Mapping[str, Any]) -> str:
         _about_baselines(losses),
         *(_about_loss(record, summary["labels"]) for record in losses),
         _about_fixed(losses),
-        "![Share of success over four of the variables, a color an S](figures:variables_curves.png)" if losses else "",
+        "![Share of success over some of the variables, a color an S](figures:variables_curves.png)" if losses else "",
         "## At the boundary",
         "The value of the variable between the cells where half of the runs succeed, largest over smallest S; 1 would be one "
         "number for all S. The learning rates lie a constant factor apart, and so does what can be told; the ratio of a "
@@ -125,6 +125,8 @@ def _about_loss(record: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     if best != "eta" and _room(record) > 0:
         closed = (record["scores"]["eta"]["brier"] - record["scores"][best]["brier"]) / _room(record)
         share = f", {100 * closed:.0f} % of the way from η alone to a curve for every S"
+        if closed >= 1:
+            share = ", no higher than that of a curve for every S"
     return (
         f"`{record['case']}/{record['loss']}`: the lowest score has {labels[best]}{share}; not told apart from it: "
         f"{list_of(tied)}. Better than η alone beyond the interval: {list_of(groups['better'])}; worse: "

@@ -120,6 +120,8 @@ def _side(score: Mapping[str, Any]) -> int:
 def _about_cosine(record: Mapping[str, Any], labels: Mapping[str, str]) -> str:
     """What the cosine says of falls, beside its rivals: chosen by the intervals."""
     same_s, cell = record["fall"]["staleness"], record["fall"]["cell"]
+    if same_s["cosine"]["auc"] is None:
+        return "No run that stands at a landmark falls later beside a sound one: there is nothing to announce."
     words = {1: "higher before a fall", -1: "*lower* before a fall", 0: "not told apart from ½"}
     sentences = [
         f"Across learning rates, at equal loss and S, the consecutive cosine is {words[_side(same_s['cosine'])]}; among runs "
@@ -160,14 +162,16 @@ def _about_windows(windows: Sequence[Mapping[str, Any]]) -> str:
     if found[1] or found[-1]:
         word = "higher" if found[1] else "lower"
         return f"The cosine is {word} before a fall at update {list_of(found[1] or found[-1])}, and nowhere the other way."
-    return "In no window is the cosine told apart from ½."
+    return "In no window is the cosine told apart from ½." if any(w["cosine"]["num_pairs"] for w in windows) else ""
 
 
 def _about_lag(record: Mapping[str, Any]) -> str:
     """Lag or collapse: which of the two the cosine tells apart, among runs that share everything else."""
     lag, cell = record["lag"]["cosine"], record["fall"]["cell"]["cosine"]
-    if lag["auc"] is None or cell["auc"] is None:
+    if lag["auc"] is None:
         return "There are no runs to compare lag with."
+    if cell["auc"] is None:
+        return f"Of lag the cosine says {_shown(lag)}; of falls at equal η nothing can be said, for lack of pairs."
     direction = {1: "higher", -1: "lower"}
     marks_lag, marks_fall = _side(lag), _side(cell)
     if marks_lag and not marks_fall:
