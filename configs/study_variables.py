@@ -28,5 +28,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.num_bootstrap = 200  # resamples of the seeds
     config.confidence = 0.9
     config.seed = 0
-    config.shown = ("eta", "sqrt_s_eta", "s_eta", "drift", "tv")  # of the figure
+    config.shown = ("eta", "sqrt_s_eta", "s_eta", "drift")  # of the figure
     return config
