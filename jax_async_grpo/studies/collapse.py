@@ -244,7 +244,9 @@ def _checks(result: Mapping[str, Any], sweep: Mapping[str, Any]) -> list[dict[st
             checks.append(
                 {
                     "what": f"{loss['case']}: η_max of {MUST_FALL} falls with S, every interval of its exponent below 0",
-                    "measured": "not identifiable" if highest is None else f"highest upper end {highest:+.2f}",
+                    "measured": "not identifiable"
+                    if highest is None
+                    else f"highest upper end {highest:+.2f}".replace("-", "−"),
                     "holds": None if highest is None else highest < 0,
                 }
             )
