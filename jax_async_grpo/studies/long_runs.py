@@ -8,6 +8,7 @@ sweep, whose records `config.sources` names: the learning rates, hence the piece
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from scipy import special, stats
 
 from jax_async_grpo import sweep_run, sweep_summary
-from jax_async_grpo.config_checks import check_choice, check_distinct, check_integer, check_keys, check_number
+from jax_async_grpo.config_checks import check_distinct, check_integer, check_keys, check_number
 from jax_async_grpo.records import Workdir
 from jax_async_grpo.scaling import CollapseRule
 from jax_async_grpo.studies.collapse_statistics import proportion_interval
@@ -68,7 +69,8 @@ def validate(config: Mapping[str, Any]) -> None:
         raise ValueError(f"config.case is {config['case']!r}; it must be one of {tuple(config['sweep']['cases'])}")
     part = config["sweep"]["cases"][config["case"]]
     for key, allowed in (("algorithms", tuple(part["algorithms"])), ("max_staleness", tuple(part["max_staleness"]))):
-        check_choice(config, key, allowed, "")
+        if not config[key] or not set(config[key]) <= set(allowed):
+            raise ValueError(f"config.{key} is {tuple(config[key])}; it must hold some of {allowed}, those of the source")
         check_distinct(config[key], config[key], key)
     for share in config["shares"]:
         check_number(share, "shares", lambda x: 0 < x <= 1, "in (0, 1]")
@@ -285,7 +287,8 @@ def survival(times: Sequence[float | None], horizon: float, confidence: float) -
     if not fallen:
         return []
     estimate = stats.ecdf(stats.CensoredData(uncensored=fallen, right=[horizon] * (len(times) - len(fallen)))).sf
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # at shares of 0 and 1 there is no interval, which is said below
         interval = estimate.confidence_interval(confidence, method="log-log")
     columns = (estimate.quantiles, estimate.probabilities, interval.low.probabilities, interval.high.probabilities)
     return [
