@@ -238,7 +238,7 @@ def _checks(result: Mapping[str, Any], sweep: Mapping[str, Any]) -> list[dict[st
     checks = []
     for loss in result["losses"]:
         if loss["algorithm"] == MUST_FALL and loss["exponents"] is not None:
-            fits = loss["exponents"]["fits"]
+            fits = loss["exponents"]
             known = all(fit["interval"] is not None for fit in fits)
             highest = max(fit["interval"][1] for fit in fits) if known else None
             checks.append(

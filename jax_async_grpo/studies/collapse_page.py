@@ -134,23 +134,30 @@ def _exponent_table(summary: Mapping[str, Any]) -> str:
     for loss in summary["losses"]:
         if loss["exponents"] is None:
             continue
-        fits = loss["exponents"]["fits"]
-        fits = sorted(fits, key=lambda fit: fit["method"])
+        fits = sorted(loss["exponents"], key=lambda fit: fit["method"])
         heads = [
             (f"η_{100 * fit['level']:g}" if fit["level"] else "regression") + f" in {fit['variable'].replace('1/2', '½')}"
             for fit in fits
         ]
-        used = ", ".join(map(str, loss["exponents"]["staleness"])) or "-"
-        lines.append((loss["case"], loss["algorithm"], used, *(_exponent(fit) for fit in fits)))
-    return table(("Case", "Loss", "S with a boundary", *heads), lines) if lines else ""
+        every = [cell["max_staleness"] for cell in loss["cells"] if cell["max_staleness"] >= summary["exponent_min_staleness"]]
+        lines.append((loss["case"], loss["algorithm"], _listed(every), *(_exponent(fit, every) for fit in fits)))
+    return table(("Case", "Loss", "S", *heads), lines) if lines else ""
 
 
-def _exponent(fit: Row) -> str:
+def _exponent(fit: Row, every: Sequence[int]) -> str:
+    """With its interval, and the S that took part where these are not all."""
     if fit["exponent"] is None:
         return "-"
+    said = _signed(fit["exponent"])
     if fit["interval"] is None:
-        return _signed(fit["exponent"]) + f" (no interval: {fit['num_dropped']} resamples without one)"
-    return _signed(fit["exponent"]) + " [{}, {}]".format(*map(_signed, fit["interval"]))
+        said += f" (no interval: {fit['num_dropped']} resamples without one)"
+    else:
+        said += " [{}, {}]".format(*map(_signed, fit["interval"]))
+    return said if fit["staleness"] == list(every) else f"{said} (S = {_listed(fit['staleness'])})"
+
+
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _about_synchronous(summary: Mapping[str, Any]) -> str:
@@ -439,6 +446,8 @@ def _success_figure(summary: Mapping[str, Any]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     note = " (under control: S = 0 of the loss alone)" if any(c["is_control"] for c in summary["comparisons"]) else ""
+    figure.supxlabel("η", fontsize=9)
+    figure.supylabel("share of successful seeds", fontsize=9)
     figure.suptitle("Share of successful seeds against η" + note, fontsize=11)
     return figure
 

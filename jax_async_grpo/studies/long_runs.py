@@ -33,6 +33,7 @@ __all__ = [
     "pieces",
     "plan",
     "run",
+    "steepest_exponent",
     "summary",
     "survival",
     "validate",
@@ -247,6 +248,7 @@ def _cell(cell: Row, entry: Row, config: Mapping[str, Any]) -> dict[str, Any]:
         "intervals": intervals,
         "expected_same": expected[0],
         "expected_horizon_law": expected,
+        "steepest_exponent": steepest_exponent(entry, intervals[-1][0], factors[-1], sweep["level"]),
         "excludes_horizon_law": bool(intervals[-1][0] > expected[-1]),
         "excludes_same": bool(intervals[-1][1] < expected[0]),
         "outcomes": {kind: [run.outcome for run in last].count(kind) for kind in dict.fromkeys(run.outcome for run in last)},
@@ -270,6 +272,22 @@ def expected_share(entry: Row, factor: float, level: float) -> float:
     slope = 2 * special.logit(0.8) / entry["width"]
     distance = math.log(entry["learning_rate"] * factor / entry["boundary"])
     return float(special.expit(special.logit(level) - slope * distance))
+
+
+def steepest_exponent(entry: Row, lowest_share: float, factor: float, level: float) -> float | None:
+    """b of the steepest η_max ∝ T^b under which success at η after `factor` horizons is at least `lowest_share`.
+
+    Args:
+      entry: of `plan`, with a learning rate.
+      lowest_share: the low end of the interval of the share that was seen; at 0 nothing is excluded: None.
+      factor: > 1.
+      level: share of success at the boundary.
+    """
+    if lowest_share <= 0:
+        return None
+    slope = 2 * special.logit(0.8) / entry["width"]
+    moved = math.log(entry["learning_rate"] / entry["boundary"]) + (special.logit(lowest_share) - special.logit(level)) / slope
+    return float(moved / math.log(factor))
 
 
 def survival(times: Sequence[float | None], horizon: float, confidence: float) -> list[dict[str, Any]]:

@@ -37,7 +37,10 @@ def page(summary: Mapping[str, Any]) -> str:
         f"({shares}) of η_{level}, the rate at which {level} % of its seeds succeed, so that η/η_{level} differs from cell "
         f"to cell. {summary['num_seeds']} new seeds from {summary['first_seed']} on, {summary['num_run_updates']:,} updates "
         "in all. Success is judged as there, at every horizon by the same run. Expected shares: of success at this η, by the "
-        f"curve fitted there, if the boundary stays, and if it falls as 1/T. Intervals: Clopper-Pearson, {confidence}.",
+        "curve fitted there, if the boundary stays, and if it falls as 1/T. Steepest: the b of η_max ∝ T^b at which the "
+        "expected share is the low end of the interval; a steeper fall is not compatible with it, a shallower one is (1/T is "
+        "b = −1). "
+        f"Intervals: Clopper-Pearson, {confidence}.",
         _about_skipped(summary),
         "## Success at every horizon",
         _success_table(summary, level),
@@ -72,12 +75,24 @@ def _about_skipped(summary: Mapping[str, Any]) -> str:
 def _success_table(summary: Mapping[str, Any], level: str) -> str:
     factors = summary["factors"]
     heads = ["T" if factor == 1 else f"{factor}·T" for factor in factors]
-    head = ("Loss", "S", "Share", "η", f"η/η_{level}", *heads, "Interval at the last", "If it stays", f"If 1/T, at {heads[-1]}")
+    head = (
+        "Loss",
+        "S",
+        "Share",
+        "η",
+        f"η/η_{level}",
+        *heads,
+        "Interval at the last",
+        "If it stays",
+        f"If 1/T, at {heads[-1]}",
+        "Steepest",
+    )
     lines = []
     for cell in summary["cells"]:
         counts = [f"{count}/{len(cell['collapse_times'])}" for count in cell["success"]]
         low, high = cell["intervals"][-1]
-        expected = (f"{cell['expected_same']:.2f}", f"{cell['expected_horizon_law'][-1]:.2g}")
+        steepest = "-" if cell["steepest_exponent"] is None else f"{cell['steepest_exponent']:+.2f}".replace("-", "−")
+        expected = (f"{cell['expected_same']:.2f}", f"{cell['expected_horizon_law'][-1]:.2g}", steepest)
         labels = (
             cell["algorithm"],
             cell["max_staleness"],
@@ -103,7 +118,7 @@ def _about_success(summary: Mapping[str, Any]) -> str:
         )
     coinciding = [cell for cell in summary["cells"] if _first_share(summary, cell) != cell["share"]]
     if coinciding:
-        sentences.append(f"In {len(coinciding)} cells both shares have the same η of the grid: the same runs, counted in both.")
+        sentences.append(f"Cells in which both shares have the same η, the same runs counted in both: {len(coinciding)}.")
     return " ".join([*sentences, _verdict(summary)])
 
 
@@ -210,14 +225,15 @@ def _figure(summary: Mapping[str, Any]) -> Figure:
         Line2D([], [], color="0.3", marker="o", ms=4, ls="", label="successful, with interval"),
         Line2D([], [], color="0.3", marker="_", ms=8, ls="", label="expected if η_max ∝ 1/T"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7.5, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
     figure.suptitle("Just under the boundary of T, for longer", fontsize=11)
     return figure
 
 
 def _draw(ax, cell: Row, horizons: Sequence[float], color, index: int, count: int) -> None:
     n = len(cell["collapse_times"])
-    steps = [horizons[0] / 4, *(point["step"] for point in cell["survival"]), horizons[-1]]
+    times = [point["step"] for point in cell["survival"]]
+    steps = [min([horizons[0] / 4, *(time / 2 for time in times)]), *times, horizons[-1]]
     shares = [1.0, *(point["share"] for point in cell["survival"])]
     ax.step(steps, [*shares, shares[-1]], where="post", color=color, lw=1, ls=_DASHES[index % 3])
     x = np.array(horizons) * 1.05 ** (index - (count - 1) / 2)
