@@ -205,6 +205,7 @@ def test_planted_boundaries_and_exponents(planted):
     assert [check["holds"] for check in result["checks"]] == [True, True]
     page = collapse.page(result)
     assert "η_max of no_is falls with S" in page and "**fails**" not in page
+    assert "every interval lies below 0: `no_is` (adam)" in page and "−1 lies within an interval of none of them" in page
     assert "| (adam: no_is) | 0 | 10 |" in page  # beside the controlled loss, which has no S = 0 of its own
 
 

@@ -53,6 +53,7 @@ def page(summary: Mapping[str, Any]) -> str:
         "## The exponent in S",
         _about_exponents(summary),
         _exponent_table(summary),
+        _found_exponents(summary),
         "## Success, and S = 0 beside it",
         "Successful seeds at every η. " + _about_synchronous(summary),
         *(_count_table(summary, losses, "success") for losses in _by_case(summary).values()),
@@ -142,6 +143,24 @@ def _exponent_table(summary: Mapping[str, Any]) -> str:
         every = [cell["max_staleness"] for cell in loss["cells"] if cell["max_staleness"] >= summary["exponent_min_staleness"]]
         lines.append((loss["case"], loss["algorithm"], _listed(every), *(_exponent(fit, every) for fit in fits)))
     return table(("Case", "Loss", "S", *heads), lines) if lines else ""
+
+
+def _found_exponents(summary: Mapping[str, Any]) -> str:
+    """Which losses fall with S whichever way it is fitted, which by some fits only, and whether −1 is among the answers."""
+    groups: dict[str, list[str]] = {"every": [], "some": [], "no": []}
+    inverse = []
+    for loss in summary["losses"]:
+        known = [fit["interval"] for fit in loss["exponents"] or () if fit["interval"] is not None]
+        if not known:
+            continue
+        name, below = f"`{loss['algorithm']}` ({loss['case']})", [interval[1] < 0 for interval in known]
+        groups["every" if all(below) else "some" if any(below) else "no"].append(name)
+        if any(interval[0] <= -1 <= interval[1] for interval in known):
+            inverse.append(name)
+    sentences = [
+        f"Losses of which {word} interval lies below 0: {', '.join(names)}." for word, names in groups.items() if names
+    ]
+    return " ".join([*sentences, f"−1 lies within an interval of {', '.join(inverse) or 'none of them'}."]) if sentences else ""
 
 
 def _exponent(fit: Row, every: Sequence[int]) -> str:
@@ -473,15 +492,16 @@ def _outcome_figure(summary: Mapping[str, Any]) -> Figure:
     lags = sorted({cell["max_staleness"] for loss in losses for cell in loss["cells"]})
     figure = Figure(figsize=(2.6 * len(losses) + 0.6, 1.35 * len(lags) + 1.0), layout="constrained")
     axes = figure.subplots(len(lags), len(losses), squeeze=False, sharex=True, sharey=True)
+    rates = sorted({eta for loss in losses for cell in loss["cells"] for eta in cell["learning_rates"]})
     for column, loss in enumerate(losses):
         for cell in loss["cells"]:
-            ax, x = axes[lags.index(cell["max_staleness"]), column], np.arange(len(cell["learning_rates"]))
-            bottom = np.zeros(len(x))
+            ax = axes[lags.index(cell["max_staleness"]), column]
+            x, bottom = np.searchsorted(rates, cell["learning_rates"]), 0
             for kind in OUTCOMES:
                 counts = np.array([kinds.get(kind, 0) for kinds in cell["outcomes"]])
                 ax.bar(x, counts, 0.85, bottom=bottom, color=_OUTCOME_COLORS[kind])
-                bottom += counts
-            ax.set_xticks(x, map(rate, cell["learning_rates"]), rotation=90, fontsize=7)
+                bottom = bottom + counts
+            ax.set_xticks(range(len(rates)), map(rate, rates), rotation=90, fontsize=7)
         axes[0, column].set_title(loss["algorithm"], fontsize=9)
         axes[-1, column].set_xlabel("η", fontsize=8)
     for lag, ax in zip(lags, axes[:, 0], strict=True):
