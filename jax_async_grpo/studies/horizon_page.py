@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from jax_async_grpo.scaling import fit_power_law, in_window
 from jax_async_grpo.studies.contract import save_figure
 
-__all__ = ["figures", "interval_text", "markdown_table", "page", "signed", "summary"]
+__all__ = ["figures", "interval_text", "markdown_table", "page", "signed", "summary", "synchronous_constants"]
 
 _RULES = {"first": "t_c", "second": "t_c_second_rule"}
 _MARKERS = {"fixed": "o", "periodic": "s", "random": "^"}
@@ -71,6 +71,15 @@ def _cells(rows: Sequence[Row]) -> list[dict[str, Any]]:
         if row["kind"] == "cells"
         for i in range(len(row["max_staleness"]))
     ]
+
+
+def synchronous_constants(rows: Sequence[Row]) -> dict[str, float]:
+    """{loss: t_c·η of the run without lag at the smallest learning rate, first rule} of the study's rows."""
+    cells = _cells(rows)
+    return {
+        loss: _reference([cell for cell in cells if cell["loss"] == loss], "first")
+        for loss in dict.fromkeys(cell["loss"] for cell in cells)
+    }
 
 
 def _inside(cells: Sequence[Row], loss: str, schedule: str, rule: str, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -337,8 +346,8 @@ def page(summary: Mapping[str, Any]) -> str:
         f"![Gold reward against η·t at η = {summary['shown_learning_rate']:g}](figures:horizon_curves.png)",
         "## What it does not say",
         "One bandit with a reward that can be hacked, exact updates, plain gradient ascent: with sampled gradients the drift "
-        "is partly diffusive, and with Adam η·t is not the distance driven by the gradient. A learner judged by the reward it is "
-        "trained on has no such horizon here. That t_c·η is constant does not say that η_max falls with S, nor that it does "
+        "is partly diffusive, and with Adam η·t is not the distance driven by the gradient. A learner judged by the reward it "
+        "is trained on has no such horizon here. That t_c·η is constant does not say that η_max falls with S, nor that it does "
         "not: the [study of cycles](cycles.md) asks what it implies.",
     ]
     return "\n\n".join(part for part in parts if part)
