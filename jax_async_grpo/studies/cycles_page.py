@@ -303,7 +303,8 @@ def page(summary: Mapping[str, Any]) -> str:
         "study), or *no fall* (it did not lose what it had by T, whether or not it had learned by then; a short T leaves no "
         "time to learn). Exponents of η_level in S+1 over the S ≥ "
         f"{summary['exponent_min_staleness']} with a boundary, at least three; intervals ({summary['confidence']:.0%}) "
-        "resample whole seeds, the same ones everywhere. In T: at the same S, over "
+        "resample whole seeds, the same ones everywhere, and know nothing of the gaps between the rates tried. "
+        "In T: at the same S, over "
         f"T = {', '.join(map(str, sorted([*summary['other_updates'], updates])))}.",
         _exponent_table(summary),
         "![η_max against S+1 at fixed updates and at fixed cycles](figures:cycles.png)",
@@ -319,8 +320,8 @@ def page(summary: Mapping[str, Any]) -> str:
         "## What it does not say",
         "The sampled runs learn one task from a fixed reward with one optimizer; the exact ones are a bandit whose reward can "
         "be hacked. Horizons read off the same runs are not independent: the intervals know that, the constraints' AICc does "
-        "not. The range of T is small. Where the boundary of a short horizon is “none” or “censored” nothing was put in its place. What happens at ten "
-        "times the horizon, just under the boundary, is another study, [long runs](long_runs.md).",
+        "not. The range of T is small. Where the boundary of a short horizon is “none” or “censored” nothing was put in its "
+        "place. What happens at ten times the horizon, just under the boundary, is another study, [long runs](long_runs.md).",
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -498,8 +499,8 @@ def _about_hazard(summary: Mapping[str, Any]) -> str:
         return ""
     names = ", ".join(f"`{name}`" for name in summary["algorithms"] if name in between)
     return (
-        f"Exponents in T of {names} lie between −1 and 0, both excluded. That is not t_c·η = c either, which would make them −1: "
-        "falls at random times with a hazard ∝ η^h would give −1/h."
+        f"Exponents in T of {names} lie between −1 and 0, both excluded. That is not t_c·η = c either, which would make them "
+        "−1: falls at random times with a hazard ∝ η^h would give −1/h."
     )
 
 
