@@ -4,7 +4,8 @@
 
 takes about a minute on two cores, once the studies of the horizon law and of collapse have been run. The designs, criteria and
 levels were written while the sweep of the study of collapse ran, after a look at success in its runs without importance
-sampling and with a clip; M = 24 makes T the whole horizon at S = 32.
+sampling and with a clip; M = 24 makes T the whole horizon at S = 32. The
+verdict tells "S and T" apart from either alone since the exponents of the clip were seen.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from jax_async_grpo.scaling import Boundary, CollapseRule, fit_power_law, fit_st
 from jax_async_grpo.scaling.power_law import percentile_interval
 from jax_async_grpo.studies.collapse_statistics import log_boundaries
 from jax_async_grpo.studies.contract import save_figure
-from jax_async_grpo.studies.horizon_page import interval_text, markdown_table, signed, synchronous_constants
+from jax_async_grpo.studies.horizon_page import interval_text, signed, synchronous_constants
+from jax_async_grpo.studies.page_parts import markdown_table
 
 __all__ = ["figures", "measured_horizon", "page", "summary", "verdict"]
 

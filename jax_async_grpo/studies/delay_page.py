@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from jax_async_grpo.studies.contract import save_figure
+from jax_async_grpo.studies.page_parts import markdown_table
 
 __all__ = ["figures", "page", "summary"]
 
@@ -144,7 +145,7 @@ def page(summary: Mapping[str, Any]) -> str:
         "are the bracket, which is divided further; between the ends of the last one the growth rate is interpolated. The "
         "simulation does not know the theory.",
         "## What was to hold",
-        _table(
+        markdown_table(
             ("What", "Largest measured", "Allowed", ""),
             [
                 (check["what"], f"{check['measured']:.2g}", f"{check['allowed']:g}", "holds" if check["holds"] else "**fails**")
@@ -157,7 +158,7 @@ def page(summary: Mapping[str, Any]) -> str:
         _threshold_table(summary),
         "![Thresholds of theory and simulation against S, for every loss and lag](figures:delay_thresholds.png)",
         f"Slope of log η_max on log(S+½) for S ≥ {summary['slope_from']}:",
-        _table(
+        markdown_table(
             ("Loss", "β", "Lag", "Theory", "Simulation", "Even S", "Odd S", "Largest error"),
             [
                 (
@@ -175,7 +176,7 @@ def page(summary: Mapping[str, Any]) -> str:
         "The theory's threshold is the zero of the Lyapunov exponent of the random matrix product, known to its standard "
         f"error. The simulation runs the full field with {summary['random_chains']} other lag sequences. The second moment "
         "decays up to the mean-square bound, a cautious one.",
-        _table(
+        markdown_table(
             ("Loss", "β", "S", "Theory", "Simulation", "Difference", "Mean-square bound"),
             [
                 (
@@ -193,7 +194,7 @@ def page(summary: Mapping[str, Any]) -> str:
         "## Past the threshold",
         "The same learners at a multiple of the fixed lag's threshold, left alone. Amplitude: root mean square distance from "
         "the equilibrium in logits over the last quarter of the run; reward: its mean and its lowest value there.",
-        _table(
+        markdown_table(
             ("Loss", "S", "η/η_max", "Fate", "Amplitude", "Reward", "Lowest", "At the equilibrium"),
             [
                 (
@@ -212,7 +213,7 @@ def page(summary: Mapping[str, Any]) -> str:
         f"![Expected reward past the threshold at S = {summary['shown_staleness']}](figures:delay_beyond.png)",
         _about_beyond(summary["beyond"]),
         "## A larger policy, without matrices",
-        _table(
+        markdown_table(
             ("Loss", "Parameters", "Seen by the task", "S", "Companion matrix", "Products alone", "Difference"),
             [
                 (
@@ -243,7 +244,7 @@ def _threshold_table(summary: Mapping[str, Any]) -> str:
     for s in summary["staleness"]:
         found = [cells.get((*column, s)) for column in columns]
         lines.append((s, *("-" if row is None else f"{row['theory']:.3f} / {row['simulated']:.3f}" for row in found)))
-    return _table(("S", *(f"{loss}, {schedule}" for loss, schedule in columns)), lines)
+    return markdown_table(("S", *(f"{loss}, {schedule}" for loss, schedule in columns)), lines)
 
 
 def _about_slopes(summary: Mapping[str, Any]) -> str:
@@ -403,8 +404,3 @@ def _relative(value: float, reference: float) -> float:
 
 def _signed(slope: float | None) -> str:
     return "-" if slope is None else f"{slope:+.3f}".replace("-", "−")
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)

@@ -15,8 +15,9 @@ from matplotlib.figure import Figure
 
 from jax_async_grpo.scaling import fit_power_law, in_window
 from jax_async_grpo.studies.contract import save_figure
+from jax_async_grpo.studies.page_parts import markdown_table
 
-__all__ = ["figures", "interval_text", "markdown_table", "page", "signed", "summary", "synchronous_constants"]
+__all__ = ["figures", "interval_text", "page", "signed", "summary", "synchronous_constants"]
 
 _RULES = {"first": "t_c", "second": "t_c_second_rule"}
 _MARKERS = {"fixed": "o", "periodic": "s", "random": "^"}
@@ -492,12 +493,6 @@ def interval_text(value: float, interval: Sequence[float], digits: int = 2) -> s
 def signed(value: float | None, digits: int = 2) -> str:
     """A number with its sign; "-" for None."""
     return "-" if value is None else f"{value:+.{digits}f}".replace("-", "−")
-
-
-def markdown_table(head: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown."""
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 def _number(value: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from jax_async_grpo.studies.contract import save_figure
+from jax_async_grpo.studies.page_parts import markdown_table
 
 __all__ = ["figures", "page"]
 
@@ -45,7 +46,7 @@ def page(summary: Mapping[str, Any]) -> str:
             "η_80 at S = 16 and 32 over 800 updates with 20 other seeds. "
             f"In {summary['num_judged']} settings of the losses judged together the truth is a number. {verdict}",
             "## What was to hold",
-            _table(
+            markdown_table(
                 ["criterion", "measured", "required", ""],
                 [
                     [c["name"], f"{c['value']:.2f}", f"{'≤' if c['at_most'] else '≥'} {c['limit']:.2f}", _yes(c["holds"])]
@@ -56,7 +57,7 @@ def page(summary: Mapping[str, Any]) -> str:
             "abs ln(predicted η_80 / true η_80), over settings in which the truth and both anchors are numbers; .69 is a "
             "factor of 2. All rules but the last see the same anchors. "
             "The first block leaves out the losses reported apart.",
-            _table(
+            markdown_table(
                 ["loss", "rule", "median", "90 %", "worst", "settings"],
                 [
                     [loss, _WORDS.get(rule, rule), *(f"{s[k]:.2f}" for k in ("median", "p90", "worst")), str(s["number"])]
@@ -67,7 +68,9 @@ def page(summary: Mapping[str, Any]) -> str:
             "Delay stability is not in this table: it needs an equilibrium, and these policies are judged on the way to one.",
             "## Where there was no number",
             "A plan may answer with a word; so may the truth.",
-            _table(["plan", "truth", "settings"], [[s["plan"], s["truth"], str(s["number"])] for s in summary["statuses"]]),
+            markdown_table(
+                ["plan", "truth", "settings"], [[s["plan"], s["truth"], str(s["number"])] for s in summary["statuses"]]
+            ),
             "Median width ln(η_20/η_80) of the truth: "
             + ", ".join(f"{name} {width:.2f}" for name, width in summary["widths"].items())
             + ". Where it is above ln 1.5 = .41 a boundary is a range, not a number.",
@@ -75,7 +78,7 @@ def page(summary: Mapping[str, Any]) -> str:
             "*Predicted against true η_80 of every setting, both relative to η_80 without lag. On the line the prediction is "
             "right; the dotted lines are a factor of 2 off.*",
             "## Every setting",
-            _table(
+            markdown_table(
                 ["task", "loss", "S", "η_80 at S = 0", "at S = 8", "predicted", "90 % interval", "true", "S binds"],
                 [_setting(setting) for setting in summary["settings"]],
             ),
@@ -129,8 +132,3 @@ def _setting(setting) -> list[str]:
 
 def _yes(holds: bool) -> str:
     return "holds" if holds else "**fails**"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
