@@ -384,7 +384,7 @@ def _boundary_figure(summary: Mapping[str, Any]) -> Figure:
     cases = _by_case(summary)
     styles = loss_colors(list(dict.fromkeys(loss["algorithm"] for loss in summary["losses"])))
     figure = Figure(figsize=(3.9 * len(cases) + 0.4, 6.6), layout="constrained")
-    axes = figure.subplots(2, len(cases), squeeze=False, sharex=True, sharey="col")
+    axes = figure.subplots(2, len(cases), squeeze=False, sharex="col", sharey="col")
     for column, (case, losses) in enumerate(cases.items()):
         for line, (key, interval, words) in enumerate(
             [("at_level", "interval", _percent(summary["level"])), ("at_half", "half_interval", "50 %")]
@@ -458,6 +458,7 @@ def _success_figure(summary: Mapping[str, Any]) -> Figure:
             ax.errorbar(x, counts / n, yerr=bars, marker="o", ms=3, lw=1, elinewidth=0.6, **style)
         ax.axhline(summary["level"], color="0.6", lw=0.6, ls=":")
         ax.set_xscale("log")
+        ax.set_xlabel("η", fontsize=8)
         ax.set_ylim(-0.03, 1.03)
     handles = [
         Line2D([], [], color=color, ls="--" if lag == 0 else "-", marker="o", ms=3, label=f"S = {lag}")
@@ -465,7 +466,6 @@ def _success_figure(summary: Mapping[str, Any]) -> Figure:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8, frameon=False)
     note = " (under control: S = 0 of the loss alone)" if any(c["is_control"] for c in summary["comparisons"]) else ""
-    figure.supxlabel("η", fontsize=9)
     figure.supylabel("share of successful seeds", fontsize=9)
     figure.suptitle("Share of successful seeds against η" + note, fontsize=11)
     return figure
