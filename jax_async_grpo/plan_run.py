@@ -15,7 +15,7 @@ from jax_async_grpo import records, sweep_run
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number
 from jax_async_grpo.plan_evidence import Evidence, evidence_of_sweep, probe_rate
 
-__all__ = ["PlanJob", "evidence", "kept_config", "measure", "missing", "open_job"]
+__all__ = ["PlanJob", "describe", "evidence", "kept_config", "measure", "num_chunks", "open_job"]
 
 _KEYS = (
     "precision",
@@ -76,7 +76,9 @@ def open_job(config: Mapping[str, Any]) -> PlanJob:
     algorithm = _one_of(config["algorithm"], sweep["cases"][case]["algorithms"], "algorithm", where)
     part = {**sweep["cases"][case], "algorithms": (algorithm,)}
     if 0 not in part["max_staleness"] or max(part["max_staleness"]) == 0:
-        raise ValueError(f"{where}: case {case} has max_staleness {tuple(part['max_staleness'])}; anchors need 0 and a larger S")
+        raise ValueError(
+            f"{where}: case {case} has max_staleness {tuple(part['max_staleness'])}; anchors need 0 and a larger S"
+        )
     return PlanJob(config, {**sweep, "cases": {case: part}}, case, algorithm, folder)
 
 
@@ -85,19 +87,24 @@ def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in _WANTED}
 
 
-def missing(job: PlanJob, rows: Sequence[Mapping[str, Any]], max_staleness: int) -> list[str]:
-    """What a plan at S still lacks, one phrase each; the anchors first."""
-    done = sweep_run.finished_chunks(_all_rows(job, rows))
-    names = [chunk.name for chunk in sweep_run.chunks(job.sweep)]
-    lacking = [name for name in names if name not in done]
-    if lacking:
-        return [f"anchors ({len(lacking)} of {len(names)} learning rates are not measured)"]
-    return [_words(name, part) for name, part in _runs(job, rows, max_staleness).items() if not _is_done(job, name, part, done)]
+def describe(job: PlanJob, max_staleness: int) -> str:
+    """What `measure` runs at most for a plan at S, as `--dry_run` prints it."""
+    lines = [f"anchors: records of {job.folder}" if job.folder else "anchors:\n" + sweep_run.describe(job.sweep)]
+    if max_staleness not in job.sweep["cases"][job.case]["max_staleness"]:
+        lines.append(f"a probe at S = {max_staleness}, at half of the smaller anchor")
+    if job.config["horizon_run"]["factor"]:
+        lines.append(f"a horizon run at S = 0, at {job.config['horizon_run']['factor']:g} times the anchor there")
+    return "\n".join(lines)
 
 
-def measure(
-    job: PlanJob, workdir: records.Workdir, max_staleness: int, on_chunk: Callable[[str, float], None]
-) -> None:
+def num_chunks(job: PlanJob, max_staleness: int) -> int:
+    """How many chunks `measure` goes through at most."""
+    needs_probe = max_staleness not in job.sweep["cases"][job.case]["max_staleness"]
+    own = 0 if job.folder else len(sweep_run.chunks(job.sweep))
+    return own + needs_probe + bool(job.config["horizon_run"]["factor"])
+
+
+def measure(job: PlanJob, workdir: records.Workdir, max_staleness: int, on_chunk: Callable[[str, float], None]) -> None:
     """Runs what the workdir lacks of a plan at S: anchors, then the runs that their boundaries ask for.
 
     Raises:
@@ -106,9 +113,10 @@ def measure(
     programs: dict = {}
     if job.folder is None:
         sweep_run.run_chunks(job.sweep, workdir, on_chunk, programs)
-    elif _is_missing_anchors(job):
+    rows = _all_rows(job, workdir.read_metrics())
+    if _unfinished(job, job.sweep["cases"], rows):
         raise ValueError(f"config.anchors={job.folder} is an unfinished sweep of {job.case}/{job.algorithm}; finish it first")
-    runs = _runs(job, workdir.read_metrics(), max_staleness)
+    runs = _runs(job, _evidence(job, rows, max_staleness), max_staleness)
     if runs:
         sweep = {**job.sweep, "cases": runs}
         sweep_run.validate(sweep)
@@ -116,16 +124,33 @@ def measure(
 
 
 def evidence(job: PlanJob, rows: Sequence[Mapping[str, Any]], max_staleness: int) -> Evidence:
-    """The evidence in the records for a plan at S; ValueError where the planned case and loss have none."""
+    """The evidence in the records for a plan at S, with a note on each run that `measure` would add.
+
+    Raises:
+      ValueError: the anchors are not measured, or not to the end.
+    """
+    rows = _all_rows(job, rows)
+    lacking = _unfinished(job, job.sweep["cases"], rows)
+    if lacking:
+        number = f"{len(lacking)} of {len(sweep_run.chunks(job.sweep))} learning rates of the anchors are not measured"
+        cure = f"finish the sweep in {job.folder}" if job.folder else "the same command with --measure measures them"
+        raise ValueError(f"there is nothing to plan from yet: {number}; {cure}")
+    found = _evidence(job, rows, max_staleness)
+    runs = {name: part for name, part in _runs(job, found, max_staleness).items() if _unfinished(job, {name: part}, rows)}
+    notes = tuple(f"not measured yet: {_words(name, part)}; --measure runs it" for name, part in runs.items())
+    return dataclasses.replace(found, notes=found.notes + notes)
+
+
+def _evidence(job: PlanJob, rows, max_staleness: int) -> Evidence:
     return evidence_of_sweep(
-        _all_rows(job, rows),
+        rows,
         job.sweep,
         case=job.case,
         algorithm=job.algorithm,
         max_staleness=max_staleness,
         source=f"{job.case}/{job.algorithm}" + (f" of {job.folder}" if job.folder else ""),
         probe_case=_probe_name(job, max_staleness),
-        horizon_case=f"{job.case}_horizon",
+        horizon_case=_horizon_name(job),
     )
 
 
@@ -154,17 +179,18 @@ def _all_rows(job: PlanJob, rows) -> list[Mapping[str, Any]]:
     return [*(records.read_jsonl(job.folder / "metrics.jsonl") if job.folder else []), *rows]
 
 
-def _is_missing_anchors(job: PlanJob) -> bool:
-    done = sweep_run.finished_chunks(_all_rows(job, []))
-    return any(chunk.name not in done for chunk in sweep_run.chunks(job.sweep))
-
-
-def _is_done(job: PlanJob, name: str, part, done: set[str]) -> bool:
-    return all(chunk.name in done for chunk in sweep_run.chunks({**job.sweep, "cases": {name: part}}))
+def _unfinished(job: PlanJob, cases: Mapping[str, Any], rows) -> list[str]:
+    """Chunks of the cases that the records lack."""
+    done = sweep_run.finished_chunks(rows)
+    return [chunk.name for chunk in sweep_run.chunks({**job.sweep, "cases": cases}) if chunk.name not in done]
 
 
 def _probe_name(job: PlanJob, max_staleness: int) -> str:
     return f"{job.case}_probe_S{max_staleness}"
+
+
+def _horizon_name(job: PlanJob) -> str:
+    return f"{job.case}_horizon"
 
 
 def _words(name: str, part: Mapping[str, Any]) -> str:
@@ -172,17 +198,16 @@ def _words(name: str, part: Mapping[str, Any]) -> str:
     return f"{kind} (S = {part['max_staleness'][0]}, eta = {part['learning_rates'][0]:g}, {part['num_updates']} updates)"
 
 
-def _runs(job: PlanJob, rows, max_staleness: int) -> dict[str, dict[str, Any]]:
+def _runs(job: PlanJob, found: Evidence, max_staleness: int) -> dict[str, dict[str, Any]]:
     """Cases of the probe and the horizon run; none of those that the anchors make needless or impossible."""
-    anchors = evidence(job, rows, max_staleness).anchors
-    rate, part, cases = probe_rate(anchors), job.sweep["cases"][job.case], {}
+    rate, part, cases = probe_rate(found.anchors), job.sweep["cases"][job.case], {}
     if rate is not None and max_staleness not in part["max_staleness"]:
         # long enough for every lag to be seen more than once
         cases[_probe_name(job, max_staleness)] = _case(part, job.config["probe"], max_staleness, rate, 3 * max_staleness)
     factor = job.config["horizon_run"]["factor"]
-    if factor and anchors[0].learning_rate is not None:
-        high = float(f"{factor * anchors[0].learning_rate:.3g}")
-        cases[f"{job.case}_horizon"] = _case(part, job.config["horizon_run"], 0, high, 1)
+    if factor and found.anchors[0].learning_rate is not None:
+        high = float(f"{factor * found.anchors[0].learning_rate:.3g}")
+        cases[_horizon_name(job)] = _case(part, job.config["horizon_run"], 0, high, 1)
     return cases
 
 
