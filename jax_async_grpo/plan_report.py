@@ -72,14 +72,15 @@ def figure(plan: Plan, evidence: Evidence) -> Figure:
     ax.set_xlim(-0.15, reach * 1.25)
     ticks = [0, *(2**k for k in range(reach.bit_length()))]
     ax.set_xticks(ticks, map(str, ticks))
-    if len(evidence.anchors) == 2 and plan.max_learning_rate is not None:
-        _draw_prediction(ax, plan, evidence, reach)
+    plans = _plans(plan, evidence, reach)
+    _draw_prediction(ax, plans)
     _draw_anchors(ax, evidence.anchors)
     _draw_asked(ax, plan)
+    _draw_limits(ax, plan, plans)
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.grid(True, color="0.92")
     ax.set_axisbelow(True)
-    ax.set_title("\n".join(textwrap.wrap(plan.budget, 88)), fontsize=8, loc="left")
+    ax.set_title("\n".join(textwrap.wrap(plan.budget, 88, break_on_hyphens=False)), fontsize=8, loc="left")
     if ax.get_legend_handles_labels()[0]:
         drawn.legend(loc="outside right upper", fontsize=7, frameon=False)
     return drawn
@@ -191,32 +192,44 @@ def _limit(value: float | None, interval, confidence: float, beyond: str) -> str
 
 def _wrapped(name: str, words: str) -> str:
     """A line whose continuation stands below its words."""
-    return textwrap.fill(f"{name:<14}{words}", _WIDTH, subsequent_indent=" " * 14, drop_whitespace=True).rstrip()
+    return textwrap.fill(f"{name:<14}{words}", _WIDTH, subsequent_indent=" " * 14, break_on_hyphens=False).rstrip()
 
 
-def _draw_prediction(ax, plan: Plan, evidence: Evidence, reach: int) -> None:
-    """η_80(S) at the plan's T, its band and its half; the limits of which it is made."""
-    lags = sorted({0, *np.unique(np.geomspace(1, reach, 24).round()).astype(int).tolist(), plan.max_staleness})
-    if evidence.probe is None:
-        lags = sorted({0, evidence.anchors[1].max_staleness})  # between them nothing says how drift grows
+def _plans(plan: Plan, evidence: Evidence, reach: int) -> list[Plan]:
+    """Plans for other S at the same T; none where there is no number or nothing between which to draw."""
+    if len(evidence.anchors) < 2 or plan.max_learning_rate is None:
+        return []
+    lags = {0, *np.geomspace(1, reach, 24).round().astype(int).tolist(), plan.max_staleness}
+    if evidence.probe is None:  # nothing says how drift grows between the anchors
+        lags = {0, evidence.anchors[1].max_staleness}
     options = dict(horizon=plan.horizon, confidence=plan.confidence, extrapolate=True)
-    plans = [plan_of(evidence, max_staleness=lag, **options) for lag in lags]
-    rates = np.array([made.max_learning_rate for made in plans])
-    low, high = np.array([made.interval for made in plans]).T
-    line = ">=" if plan.status == "censored" else ""
-    ax.fill_between(lags, low, high, color="C0", alpha=0.15, lw=0, label=f"{100 * plan.confidence:g} % interval")
-    ax.plot(lags, rates, color="C0", label=f"predicted η₈₀{' (lower bound)' if line else ''}")
+    return [plan_of(evidence, max_staleness=lag, **options) for lag in sorted(lags)]
+
+
+def _draw_prediction(ax, plans: Sequence[Plan]) -> None:
+    """eta_80(S), its band and its half."""
+    if not plans:
+        return
+    lags, rates = [plan.max_staleness for plan in plans], np.array([plan.max_learning_rate for plan in plans])
+    bound = " (lower bound)" if plans[0].status == "censored" else ""
+    band = zip(*(plan.interval for plan in plans), strict=True)
+    ax.fill_between(lags, *band, color="C0", alpha=0.15, lw=0, label=f"{100 * plans[0].confidence:g} % interval")
+    ax.plot(lags, rates, color="C0", label=f"predicted η₈₀{bound}")
     ax.plot(lags, rates / 2, color="C2", ls="--", label="half of it: use this")
-    stale = [(lag, made.staleness_limit) for lag, made in zip(lags, plans, strict=True) if lag > 0]
-    finite = [(lag, limit) for lag, limit in stale if math.isfinite(limit)]
+
+
+def _draw_limits(ax, plan: Plan, plans: Sequence[Plan]) -> None:
+    """The limits of which the prediction is made, in the picture as it stands: at small S the one of lag leaves it."""
     bottom, top = ax.get_ylim()
+    finite = [(made.max_staleness, made.staleness_limit) for made in plans if math.isfinite(made.staleness_limit)]
     if finite:
         ax.plot(*zip(*finite, strict=True), color="0.45", ls=":", lw=1.2, label="staleness limit")
-    ax.axhline(plan.optimizer_limit, color="0.45", ls="-.", lw=0.9, label="optimizer limit")
-    if plan.horizon_limit is not None and math.isfinite(plan.horizon_limit):
-        ax.axhline(plan.horizon_limit, color="C3", ls="-.", lw=1, label="horizon limit")
-        bottom, top = min(bottom, plan.horizon_limit / 2), max(top, plan.horizon_limit * 2)
-    ax.set_ylim(bottom, top)  # the staleness limit leaves the picture at small S
+    levels = (("optimizer", plan.optimizer_limit, "0.45"), ("horizon", plan.horizon_limit, "C3"))
+    for name, level, color in levels:
+        if level is not None and math.isfinite(level):
+            ax.axhline(level, color=color, ls="-.", lw=0.9, label=f"{name} limit")
+            bottom, top = min(bottom, level / 1.5), max(top, level * 1.5)
+    ax.set_ylim(bottom, top)
 
 
 def _draw_anchors(ax, anchors: Sequence[Anchor]) -> None:
