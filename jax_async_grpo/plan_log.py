@@ -78,11 +78,7 @@ def read_log(path: str | os.PathLike) -> tuple[list[LoggedRun], tuple[str, ...]]
     if not rows:
         raise ValueError(f"{path} holds no rows; docs/plan.md shows what a log looks like")
     names = {name for _, row in rows for name in row}
-    lacking = [name for name in REQUIRED if name not in names]
-    if lacking:
-        raise ValueError(
-            f"{path}: column {lacking[0]} is missing; needed are {', '.join(REQUIRED)}, known {', '.join(COLUMNS)}"
-        )
+    _check_columns(path, names)
     runs: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
     for where, row in rows:
         checked = _checked_row(where, row)
@@ -124,7 +120,8 @@ def evidence_of_log(
       notes: of `read_log`.
 
     Raises:
-      ValueError: an outcome must be judged and `ceiling` or the rewards are missing; an option out of range.
+      ValueError: an outcome must be judged and `ceiling` or the rewards are missing; there are neither two anchors nor a
+        probe; an option out of range.
     """
     clip_level = as_fraction("clip_level", clip_level, closed=True)
     ceiling = None if ceiling is None else as_positive("ceiling", ceiling)
@@ -137,14 +134,29 @@ def evidence_of_log(
     horizon_run = _horizon_run([run for run in runs if run.role == "horizon"], start, ceiling, rule)
     horizon_run, refuted = checked_horizon_run(horizon_run, found.get(0))
     probe, ess, said = _probe(runs, max_staleness, probe_rate(anchors), clip_level)
+    if probe is None and len(anchors) < 2:
+        raise ValueError(
+            f"{source}: there is nothing to plan from; give reward or outcome of runs at two learning rates or more, at S = 0 "
+            "and at a larger S, or update_norm and second_moment of a run"
+        )
     if any(len(set(run.rates)) > 1 for run in runs):
         said += ("learning rates change within runs: the largest of a run counts as its own",)
     return Evidence(source, anchors, probe, horizon_run, ess, said + refuted + notes)
 
 
+def _check_columns(path: Path, names: set[str]) -> None:
+    lacking = [name for name in REQUIRED if name not in names]
+    if lacking:
+        raise ValueError(
+            f"{path}: column {lacking[0]} is missing; needed are {', '.join(REQUIRED)}, known {', '.join(COLUMNS)}"
+        )
+
+
 def _csv_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     """(place, row) of every line that is not empty."""
     reader, rows = csv.DictReader(io.StringIO(text), skipinitialspace=True), []
+    if text.strip():
+        _check_columns(path, {name.strip() for name in reader.fieldnames})
     for row in reader:
         where = f"{path}:{reader.line_num}"
         if None in row or None in row.values():

@@ -246,6 +246,7 @@ def test_a_horizon_run_of_a_log_limits_it(tmp_path):
     [
         ("", r"log.csv holds no rows"),
         ("run,max_staleness,learning_rate,step\n", r"log.csv holds no rows"),
+        ("Some text\nwith, commas\n", r"log.csv: column run is missing; needed are run, max_staleness"),
         ("run,max_staleness,lr,step\na,0,1,1\n", r"column learning_rate is missing; needed are run, max_staleness"),
         ("run,max_staleness,learning_rate,step\na,0,x,1\n", r"log.csv:2: learning_rate='x' must be a number > 0"),
         ("run,max_staleness,learning_rate,step\na,0,1,1\na,0.5,1,2\n", r"log.csv:3: max_staleness='0.5' must be an integer"),
@@ -284,6 +285,24 @@ def test_json_that_is_none_is_refused(tmp_path):
 def test_rewards_without_a_ceiling_ask_for_one(tmp_path):
     with pytest.raises(ValueError, match="states no outcome .* --ceiling"):
         of_log(write_log(tmp_path / "log.csv", log_rows({0: 0.3, 8: 0.1})), ceiling=None)
+
+
+def test_a_log_without_anchors_and_probe_says_what_to_give(tmp_path):
+    rows = [dict(run="a", max_staleness=0, learning_rate=0.1, step=step, reward=0.5) for step in (0, 10)]
+    with pytest.raises(ValueError, match="nothing to plan from; give reward or outcome of runs"):
+        of_log(write_log(tmp_path / "log.csv", rows))
+
+
+def test_a_learning_rate_that_changes_counts_by_its_largest(tmp_path):
+    """A warm-up: G_upd is per learning rate of each row."""
+    rows = log_rows({0: 0.3, 8: 0.1})
+    for row in rows:
+        if row["step"] == 200:
+            row |= dict(learning_rate=row["learning_rate"] / 2, update_norm=row["update_norm"] / 2, drift=row["drift"] / 2)
+    found = of_log(write_log(tmp_path / "log.csv", rows))
+    plain = of_log(write_log(tmp_path / "plain.csv", log_rows({0: 0.3, 8: 0.1})))
+    assert found.anchors == plain.anchors and "learning rates change" in found.notes[0]
+    assert plan(found, 8).update_norm == pytest.approx(G) and plan(found, 8).drift == pytest.approx(plan(plain, 8).drift)
 
 
 def test_the_documented_columns_are_those_that_are_read():
