@@ -362,7 +362,8 @@ def _checked_anchors(anchors, wanted, probe, extrapolate) -> tuple[Anchor, Ancho
         given = [anchor.max_staleness for anchor in anchors]
         raise ValueError(f"anchors are given at S = {given}; a plan needs one at S = 0 and one at a larger S")
     S, T = wanted["max_staleness"], wanted["horizon"]
-    if probe is None and S not in (0, stale.max_staleness):
+    are_numbers = {fresh.status, stale.status} <= {"found", "censored"}
+    if probe is None and are_numbers and S not in (0, stale.max_staleness):
         raise ValueError(f"probe is missing: S = {S} is not that of an anchor, so its drift must be measured")
     for name, value, reach in (("max_staleness", S, stale.max_staleness), ("horizon", T, min(fresh.horizon, stale.horizon))):
         if value > _EXTRAPOLATION * reach and not extrapolate:

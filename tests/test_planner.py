@@ -84,6 +84,7 @@ def test_words_of_the_anchors_become_words_of_the_plan():
         made = plan(anchors=(fresh, Anchor(8, 400, word, None)))
         assert made.status == word and made.max_learning_rate is None and "S = 8" in made.notes[0]
         assert "no learning rate" in made.budget
+        assert plan(probe=None, anchors=(fresh, Anchor(8, 400, word, None))).status == word  # nothing to probe for
     bound = plan(anchors=(fresh, Anchor(8, 400, "censored", 0.04)))
     assert bound.status == "censored" and "lower bound" in bound.notes[-1] and ">=" in bound.budget
 

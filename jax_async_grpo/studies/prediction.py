@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_async_grpo import planner, sweep_summary
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number
+from jax_async_grpo.plan_evidence import anchor_of_boundary, probe_of_cell
 from jax_async_grpo.records import Workdir
 from jax_async_grpo.scaling import CollapseRule
 from jax_async_grpo.studies.prediction_page import figures, page
@@ -122,25 +123,13 @@ def _boundaries(rows, config) -> dict[tuple[str, str, int], dict[str, Any]]:
     }
 
 
-def _anchor(record: Mapping[str, Any], max_staleness: int, level: float) -> planner.Anchor:
-    rate = record[f"eta_{100 * level:g}"]
-    return planner.Anchor(
-        max_staleness=max_staleness,
-        horizon=int(record["horizon"]),
-        status=record["status"],
-        learning_rate=max(record["learning_rates"]) if record["status"] == "censored" else rate,
-        interval=None if record["interval"] is None else tuple(record["interval"]),
-        num_seeds=record["num_seeds"],
-    )
-
-
 def _probe_cases(config, rows) -> dict[str, Any]:
     """Cases of the probes: every (world, loss) at its own learning rate, at the wanted lags and at the anchor's."""
     found, cases, lag = _boundaries(rows, config), {}, config["anchor_staleness"]
     for world in _worlds(config):
         part = config["sweep"]["cases"][f"{world}_truth"]
         for algorithm in part["algorithms"]:
-            anchor = _anchor(found[f"{world}_anchor", algorithm, lag], lag, config["sweep"]["level"])
+            anchor = anchor_of_boundary(found[f"{world}_anchor", algorithm, lag], lag, config["sweep"]["level"])
             if anchor.learning_rate is None:
                 continue
             rates = [rate for rate in part["learning_rates"] if rate <= anchor.learning_rate / 2]
@@ -159,7 +148,7 @@ def _settings(rows, config) -> list[dict[str, Any]]:
         for algorithm, staleness in itertools.product(part["algorithms"], part["max_staleness"]):
             truth = boundaries[f"{world}_truth", algorithm, staleness]
             records = [boundaries[f"{world}_anchor", algorithm, s] for s in (0, lag)]
-            anchors = tuple(_anchor(r, s, config["sweep"]["level"]) for r, s in zip(records, (0, lag), strict=True))
+            anchors = tuple(anchor_of_boundary(r, s, config["sweep"]["level"]) for r, s in zip(records, (0, lag), strict=True))
             cells = {
                 s: groups.get((f"{world}_{algorithm}_{kind}", algorithm, "fixed", s), [None])[0]
                 for s, kind in ((staleness, "probe"), (lag, "near_probe"))
@@ -176,7 +165,7 @@ def _predictions(anchors, staleness, horizon, far, near) -> dict[str, Any]:
     result = dict(anchors=words, anchor_rates=rates, plan=None, without_anchors=None, rules={}, probe=None)
     if far is None:
         return result
-    probe = _probe(far, staleness)
+    probe = probe_of_cell(far, staleness)
     plan = planner.make_plan(max_staleness=staleness, horizon=horizon, probe=probe, anchors=anchors)
     alone = planner.make_plan(max_staleness=staleness, horizon=horizon, probe=probe)
     result |= dict(plan=_short(plan), without_anchors=_short(alone))
@@ -189,16 +178,6 @@ def _predictions(anchors, staleness, horizon, far, near) -> dict[str, Any]:
 
 def _short(plan: planner.Plan) -> dict[str, Any]:
     return dict(status=plan.status, rate=plan.max_learning_rate, interval=plan.interval, binding=plan.binding)
-
-
-def _probe(cell, staleness) -> planner.Probe:
-    msd = np.mean(cell["msd"], axis=0)
-    return planner.Probe(
-        max_staleness=staleness,
-        learning_rate=cell["learning_rate"],
-        drift={int(lag): float(np.sqrt(value)) for lag, value in zip(cell["msd_lags"], msd, strict=True)},
-        second_moment=float(np.mean(cell["windows"]["off_policy/second_moment"])),
-    )
 
 
 def _measure(cell, name, transform) -> float:

@@ -1,0 +1,73 @@
+"""Says which learning rate is safe for a staleness and a horizon, from two measured boundaries that bracket it.
+
+python -m launch.plan --config=configs/plan.py --workdir=DIR --measure [--max_staleness=S] [--horizon=T] [--learning_rate=ETA]
+python -m launch.plan --log=examples/plan_log.csv [--ceiling=1] [--workdir=DIR] [--max_staleness=S] ...
+"""
+
+from __future__ import annotations
+
+import sys
+
+from absl import flags
+
+from jax_async_grpo import invariants, option_checks, plan_evidence, plan_log, plan_report, plan_run, records
+from launch import command_line
+
+flags.adopt_module_key_flags(command_line)  # --help shows them
+MEASURE = flags.DEFINE_bool("measure", False, "Run what the plan lacks: anchors, a probe, a horizon run.")
+LOG = flags.DEFINE_string("log", None, "CSV or JSON log of any system to plan from, in place of --config (docs/plan.md).")
+MAX_STALENESS = flags.DEFINE_integer("max_staleness", None, "S wanted, updates; default: the config's, or the log's largest.")
+HORIZON = flags.DEFINE_integer("horizon", None, "T wanted, updates; default: the config's, or the log's longest run.")
+LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "A learning rate to ask about: its head-room, the S it allows.")
+EXTRAPOLATE = flags.DEFINE_bool("extrapolate", False, "Allow S and T beyond four times those of the anchors.")
+CEILING = flags.DEFINE_float("ceiling", None, "Highest reward there can be, to judge the runs of a log by.")
+CLIP_LEVEL = flags.DEFINE_float("clip_level", 0.05, "Clip fraction of a log at which the drift is R_batch.")
+
+
+def main() -> int:
+    if not LOG.value:
+        return _from_config()
+    if command_line.CONFIG.present or MEASURE.value:
+        raise ValueError("--log is planned from as it is: give it without --config and --measure")
+    runs, notes = plan_log.read_log(LOG.value)
+    S, T = _wanted(max(run.max_staleness for run in runs), int(max(run.steps[-1] for run in runs)))
+    options = dict(ceiling=CEILING.value, clip_level=CLIP_LEVEL.value, source=LOG.value, notes=notes)
+    return _report(plan_log.evidence_of_log(runs, max_staleness=S, **options), S, T)
+
+
+def _from_config() -> int:
+    config = command_line.config_of_job("configs/plan.py")
+    job, (S, T) = plan_run.open_job(config), _wanted(config["max_staleness"], config["horizon"])
+    if command_line.DRY_RUN.value:
+        print(plan_run.describe(job, S))
+        return 0
+    options = dict(overwrite=command_line.OVERWRITE.value, figures=plan_report.WRITTEN)
+    workdir = records.open_workdir(command_line.WORKDIR.value, plan_run.kept_config(config), **options)
+    if MEASURE.value:
+        with command_line.progress(plan_run.num_chunks(job, S), "chunk") as report:
+            try:
+                plan_run.measure(job, workdir, S, lambda name, seconds: report(name, f"{name}: {seconds:.1f} s"))
+            except (KeyboardInterrupt, invariants.InvariantViolation) as stop:
+                said = f"error: {stop}" if str(stop) else "\nInterrupted"
+                print(f"{said}: what was run is in {workdir.path}; the same command goes on from there.", file=sys.stderr)
+                return 1 if str(stop) else 130
+    return _report(plan_run.evidence(job, workdir.read_metrics(), S), S, T)
+
+
+def _wanted(max_staleness: int, horizon: int) -> tuple[int, int]:
+    S = max_staleness if MAX_STALENESS.value is None else MAX_STALENESS.value
+    T = horizon if HORIZON.value is None else HORIZON.value
+    return option_checks.as_integer("--max_staleness", S, minimum=0), option_checks.as_integer("--horizon", T, minimum=1)
+
+
+def _report(evidence: plan_evidence.Evidence, S: int, T: int) -> int:
+    options = dict(learning_rate=LEARNING_RATE.value, extrapolate=EXTRAPOLATE.value)
+    plan = plan_evidence.plan_of(evidence, max_staleness=S, horizon=T, **options)
+    print(plan_report.text(plan, evidence))
+    if command_line.WORKDIR.value:
+        print("", *plan_report.write_report(plan, evidence, command_line.WORKDIR.value), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)
