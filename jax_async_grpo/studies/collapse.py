@@ -191,6 +191,7 @@ def _comparison(groups: Groups, rule: CollapseRule, *, first, cases, is_control:
         "second": first[1],
         "case": cases[1],
         "is_control": is_control,
+        "first_case": cases[0],
         "cells": len(lagged),
         "lagged": _tests(arms, lagged),
         "equal_reward": _tests(arms, equal),

@@ -229,12 +229,12 @@ def _count_line(name: str, cell: Row, rates: Sequence[float], keys: Sequence[str
 
 def _loss_alone(summary: Mapping[str, Any], loss: Row) -> list[Row]:
     """The same loss without control, [] for one that has none."""
-    names = {
-        c["first"]
+    alone = {
+        (c["first_case"], c["first"])
         for c in summary["comparisons"]
         if c["is_control"] and (c["second"], c["case"]) == (loss["algorithm"], loss["case"])
     }
-    return [other for other in summary["losses"] if other["algorithm"] in names and other is not loss]
+    return [other for other in summary["losses"] if (other["case"], other["algorithm"]) in alone]
 
 
 def _share_intervals(summary: Mapping[str, Any]) -> str:
