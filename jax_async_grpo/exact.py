@@ -296,7 +296,7 @@ def expected_reward(policy: Policy, params: Params, task: Task, *, rewards: jax.
 
 
 def off_policy(policy: Policy, learner_params: Params, behavior_params: Params, task: Task) -> dict[str, jax.Array]:
-    """How far π_θ is from π_φ on a task, exactly: what `metrics.off_policy` estimates from completions drawn from φ.
+    """How far π_θ is from π_φ on a task, exactly. KL, TV of completions (`metrics` has tokens).
 
     With w = π_θ(y|x)/π_φ(y|x) of whole completions and r of tokens, means over prompts:
     * `off_policy/kl`: E_φ[−log w] = KL(π_φ‖π_θ), nats a completion; the mean of k3 too, as E_φ[w] = 1
@@ -323,7 +323,7 @@ def off_policy(policy: Policy, learner_params: Params, behavior_params: Params, 
 
     return {
         "off_policy/kl": expected(drawn - own),
-        "off_policy/ess_ratio": 1 / expected(jnp.exp(2 * (own - drawn))),
+        "off_policy/ess_ratio": 1 / jnp.mean(jnp.sum(jnp.exp(2 * own - drawn), axis=-1)),  # φ's weight inside: never 0·inf
         "off_policy/second_moment": expected(jnp.sum((learner - behavior) ** 2, axis=-1))
         / expected(jnp.sum(task.mask, axis=-1)),
         "off_policy/tv": 0.5 * jnp.mean(jnp.sum(jnp.abs(jnp.exp(own) - probability), axis=-1)),

@@ -27,8 +27,9 @@ _REACH = 4  # times the anchors' S: as far as the planner goes unasked
 _STATUS = {
     "bracketed": "bracketed by two measured learning rates",
     "order of magnitude": "ORDER OF MAGNITUDE ONLY: no two anchors, nothing places the boundary",
-    "censored": "CENSORED: a lower bound, the runs of an anchor never failed",
+    "censored": "CENSORED: the runs of an anchor never failed; a number here is a lower bound",
     "none": "NONE: no learning rate can be named",
+    "not planned": "NOT PLANNED: too little was measured to say anything",
     "ill-defined": "ILL-DEFINED: success has no boundary in the learning rate",
 }
 

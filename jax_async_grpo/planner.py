@@ -27,8 +27,9 @@ __all__ = ["Anchor", "HorizonRun", "Plan", "Probe", "make_plan"]
 
 STATUSES = ("found", "none", "censored", "ill-defined")
 _MODEL_ERROR = 0.3  # nats; scatter of η_80 about the form, beyond what the anchors' intervals hold
-_NO_ANCHOR_ERROR = 0.9  # nats, of an estimate without anchors
-_SECOND_MOMENT_AT_BOUNDARY = 0.05  # nats² a token; a rough constant, taken from the development runs of docs/laws/collapse.md
+_HORIZON_ERROR = 0.14  # nats, of t_c·η
+_NO_ANCHOR_ERROR = 1.2  # nats, of an estimate without anchors
+_SECOND_MOMENT_AT_BOUNDARY = 0.15  # nats² a token: its geometric mean at the boundaries of docs/laws/collapse.md
 _EXTRAPOLATION = 4.0  # times the anchor's S, and times the anchors' T
 _NUM_DRAWS = 4000
 
@@ -63,12 +64,18 @@ class Anchor:
         if self.status in ("found", "censored"):
             as_positive("learning_rate", math.nan if self.learning_rate is None else self.learning_rate)
 
+        if self.interval is not None and not 0 <= self.interval[0] <= (self.learning_rate or 0) <= self.interval[1]:
+            raise ValueError(f"interval={self.interval} of an anchor must hold its learning rate {self.learning_rate}")
+
     @property
     def log_error(self) -> float:
-        """Standard error of ln η_80, from the interval; a quarter where there is none."""
-        if self.interval is None or not (0 < self.interval[0] < self.interval[1] < math.inf):
+        """Standard error of ln η_80 from the interval: of its finite side where one is open, 1 where both are, ¼ without."""
+        if self.interval is None:
             return 0.25
-        return math.log(self.interval[1] / self.interval[0]) / (2 * stats.norm.ppf((1 + self.confidence) / 2))
+        low, high = self.interval
+        sides = [math.log(self.learning_rate / low)] if low > 0 else []
+        sides += [math.log(high / self.learning_rate)] if math.isfinite(high) else []
+        return sum(sides) / len(sides) / stats.norm.ppf((1 + self.confidence) / 2) if sides else 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +137,20 @@ class HorizonRun:
     num_updates: int
     collapse_step: float | None
 
+    def __post_init__(self) -> None:
+        as_positive("learning_rate", self.learning_rate)
+        as_integer("num_updates", self.num_updates, minimum=1)
+        if self.collapse_step is not None:
+            as_positive("collapse_step", self.collapse_step)
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What the planner says; η are learning rates.
 
     Attributes:
-      status: "bracketed" (two anchors), "order of magnitude" (no anchors), "none", "censored" or "ill-defined".
+      status: "bracketed" (two anchors), "order of magnitude" (no anchors), "none", "censored", "ill-defined", or "not planned"
+        where there is too little to say anything.
       max_staleness, horizon: S and T asked for, updates.
       max_learning_rate: predicted η_80; a lower bound where "censored", None where there is no number.
       interval: of it, `confidence`; None where there is no number.
@@ -235,6 +249,8 @@ def make_plan(
     if learning_rate is not None:
         learning_rate = as_positive("learning_rate", learning_rate)
     wanted = dict(max_staleness=max_staleness, horizon=horizon, confidence=confidence, learning_rate=learning_rate)
+    if probe is not None and probe.max_staleness != max_staleness:
+        raise ValueError(f"probe ran at S = {probe.max_staleness}; it must be at the wanted max_staleness={max_staleness}")
     measured = _measured(probe, max_staleness)
     if not anchors:
         return _without_anchors(wanted, measured, probe, horizon_run)
@@ -244,6 +260,13 @@ def make_plan(
             where = " and ".join(f"S = {a.max_staleness}" for a in (fresh, stale) if a.status == word)
             note = "no learning rate works" if word == "none" else "success comes and goes, or is lost over too wide a range"
             return _numberless(word, wanted, measured, f"at {where} the sweep found that {note}")
+    if fresh.status == "censored" and max_staleness > stale.max_staleness:
+        # 1/η(S) = (1−r)/η_0 + r/η_a with r > 1: a larger η_0 would make the prediction smaller.
+        note = (
+            f"at S = 0 no rate failed up to {fresh.learning_rate:g}; beyond S = {stale.max_staleness} that bounds nothing: try "
+            "larger rates at S = 0"
+        )
+        return _numberless("censored", wanted, measured, note)
     return _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, seed)
 
 
@@ -259,10 +282,10 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
     lost_to_lag = np.maximum(np.exp(-stale_log) - np.exp(-fresh_log), 0.0)
     notes: list[str] = []
     horizon_limit = _horizon_limit(horizon_run, T, notes)
-    optimizer_limit = np.exp(fresh_log)
-    capped = optimizer_limit if horizon_limit is None else np.minimum(optimizer_limit, horizon_limit)
     # Where the anchors cannot tell lag from noise, both measure the same boundary.
-    pooled = np.where(lost_to_lag > 0, capped, np.minimum(capped, np.exp((fresh_log + stale_log) / 2)))
+    pooled = np.exp(np.where(lost_to_lag > 0, fresh_log, (fresh_log + stale_log) / 2))
+    if horizon_limit is not None:
+        pooled = np.minimum(pooled, horizon_limit * np.exp(np.r_[0.0, _HORIZON_ERROR * rng.standard_normal(_NUM_DRAWS)]))
     with np.errstate(divide="ignore"):
         staleness_limit = 1 / (ratio * lost_to_lag)
     predicted = 1 / (1 / pooled + ratio * lost_to_lag)
@@ -271,10 +294,11 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
     limits = {"staleness": float(staleness_limit[0]), "optimizer": fresh.learning_rate}
     if horizon_limit is not None and math.isfinite(horizon_limit):
         limits["horizon"] = horizon_limit
-    if fresh.horizon != T and horizon_limit is None:
+    ran = sorted({fresh.horizon, stale.horizon})
+    if ran != [T] and horizon_limit is None:
         notes.append(
-            f"the anchors ran {fresh.horizon} updates and T is {T}: without a horizon run the plan assumes that the limit does "
-            "not move with T, which holds for true rewards and fails for rewards that can be hacked"
+            f"the anchors ran {' and '.join(map(str, ran))} updates and T is {T}: without a horizon run the plan assumes that "
+            "the limit does not move with T, which holds for true rewards and fails for rewards that can be hacked"
         )
     censored = [anchor.max_staleness for anchor in (fresh, stale) if anchor.status == "censored"]
     if censored:
@@ -289,7 +313,7 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
         staleness_limit=limits["staleness"],
         staleness_interval=_interval(staleness_limit[1:], confidence),
         horizon_limit=horizon_limit,
-        horizon_interval=None if horizon_limit is None else (horizon_limit * 0.86, horizon_limit / 0.86),
+        horizon_interval=None if horizon_limit is None else _around(horizon_limit, _HORIZON_ERROR, confidence),
         optimizer_limit=fresh.learning_rate,
         binding=min(limits, key=limits.get),
         batch_radius=c,
@@ -309,20 +333,20 @@ def _without_anchors(wanted, measured, probe, horizon_run) -> Plan:
     notes = ["an order of magnitude only: without anchors nothing places the boundary"]
     horizon_limit = _horizon_limit(horizon_run, wanted["horizon"], notes)
     if probe.second_moment is None or not probe.second_moment > 0:
-        return _numberless("none", wanted, measured, "the probe has no second moment of log r, and there are no anchors")
+        reason = "log r is 0 without lag" if wanted["max_staleness"] == 0 else "the probe has no second moment of log r"
+        return _numberless("not planned", wanted, measured, f"there are no anchors, and {reason}")
     limit = probe.learning_rate * math.sqrt(_SECOND_MOMENT_AT_BOUNDARY / probe.second_moment)
     estimate = limit if horizon_limit is None else min(limit, horizon_limit)
-    factor = math.exp(stats.norm.ppf((1 + wanted["confidence"]) / 2) * _NO_ANCHOR_ERROR)
     G = measured["update_norm"]
     return Plan(
         status="order of magnitude",
         max_learning_rate=estimate,
-        interval=(estimate / factor, estimate * factor),
+        interval=_around(estimate, _NO_ANCHOR_ERROR, wanted["confidence"]),
         recommended=estimate / 2,
         staleness_limit=limit,
-        staleness_interval=(limit / factor, limit * factor),
+        staleness_interval=_around(limit, _NO_ANCHOR_ERROR, wanted["confidence"]),
         horizon_limit=horizon_limit,
-        horizon_interval=None if horizon_limit is None else (horizon_limit * 0.86, horizon_limit / 0.86),
+        horizon_interval=None if horizon_limit is None else _around(horizon_limit, _HORIZON_ERROR, wanted["confidence"]),
         optimizer_limit=None,
         binding="staleness" if estimate == limit else "horizon",
         batch_radius=limit * measured["drift"] if measured["drift"] else None,
@@ -371,6 +395,11 @@ def _checked_anchors(anchors, wanted, probe, extrapolate) -> tuple[Anchor, Ancho
                 f"{name}={value} is more than {_EXTRAPOLATION:g} times the anchors' {reach}; measure anchors nearer to it, or "
                 "pass extrapolate (--extrapolate) and do not trust the interval"
             )
+    if _EXTRAPOLATION * T < max(fresh.horizon, stale.horizon) and not extrapolate:
+        raise ValueError(
+            f"horizon={T} is less than 1/{_EXTRAPOLATION:g} of the anchors' {max(fresh.horizon, stale.horizon)}; measure "
+            "shorter anchors, or pass extrapolate (--extrapolate)"
+        )
     return fresh, stale
 
 
@@ -388,6 +417,11 @@ def _horizon_limit(run: HorizonRun | None, horizon: int, notes: list[str]) -> fl
         notes.append(f"the horizon run did not collapse within {run.num_updates} updates: no horizon limit was reached")
         return math.inf
     return run.learning_rate * run.collapse_step / horizon
+
+
+def _around(value: float, log_error: float, confidence: float) -> tuple[float, float]:
+    factor = math.exp(stats.norm.ppf((1 + confidence) / 2) * log_error)
+    return value / factor, value * factor
 
 
 def _interval(draws: np.ndarray, confidence: float) -> tuple[float, float]:

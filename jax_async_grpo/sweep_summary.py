@@ -26,7 +26,8 @@ def groups(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str, str, int],
         if row["kind"] != "cell":
             continue
         start, prefix = starts[row["case"]], "gold_" if "gold_reward" in row else ""
-        judged = {"judged": np.array(row[f"{prefix}reward"], np.float64), "start_reward": start[f"{prefix}reward"]}
+        start_reward = float(f"{start[f'{prefix}reward']:.4g}")  # as the rewards are recorded
+        judged = {"judged": np.array(row[f"{prefix}reward"], np.float64), "start_reward": start_reward}
         key = (row["case"], row["algorithm"], row["schedule"], row["max_staleness"])
         found.setdefault(key, []).append(dict(row) | judged | {"ceiling": start[f"{prefix}ceiling"]})
     return {key: sorted(cells, key=lambda cell: cell["learning_rate"]) for key, cells in found.items()}
@@ -66,6 +67,7 @@ def boundary_record(
         "interval": boundary.intervals[0],
         "estimate": boundary.estimate,
         "width": boundary.width,
+        "separated": boundary.separated,
         "reason": boundary.reason,
         "learning_rates": rates,
         "shares": successes.mean(axis=1).tolist(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -16,6 +17,11 @@ def probe(max_staleness=32, gamma=1.0, learning_rate=0.01, **changes) -> Probe:
     lags = [1, 2, 4, 8, 16, 32]
     drift = {lag: 2 * learning_rate * lag ** (gamma / 2) for lag in lags if lag <= max_staleness}
     return Probe(max_staleness, learning_rate, drift, **changes)
+
+
+def at_lag(max_staleness) -> Probe:
+    """The same drift, probed at another S."""
+    return dataclasses.replace(probe(), max_staleness=max_staleness)
 
 
 def anchors(fresh=0.1, stale=0.04, **changes) -> tuple[Anchor, Anchor]:
@@ -59,9 +65,9 @@ def test_intervals_hold_the_anchors_errors_and_the_models():
     assert plan(confidence=0.5).interval[0] > wide.interval[0]
 
 
-def test_lag_that_costs_nothing_leaves_the_smaller_anchor():
+def test_lag_that_costs_nothing_leaves_the_mean_of_the_anchors():
     made = plan(anchors=anchors(fresh=0.04, stale=0.05))
-    np.testing.assert_allclose(made.max_learning_rate, 0.04, rtol=1e-12)
+    np.testing.assert_allclose(made.max_learning_rate, math.sqrt(0.04 * 0.05), rtol=1e-12)  # both measure one boundary
     assert made.staleness_limit == math.inf and made.binding == "optimizer"
 
 
@@ -89,16 +95,41 @@ def test_words_of_the_anchors_become_words_of_the_plan():
     assert bound.status == "censored" and "lower bound" in bound.notes[-1] and ">=" in bound.budget
 
 
+def test_a_bound_is_claimed_only_where_it_is_one():
+    """Beyond S_a a larger η_0 makes the prediction smaller: censoring at S = 0 bounds nothing there, and does below S_a."""
+    fresh, stale = anchors()
+    open_ended = Anchor(0, 400, "censored", 0.1)
+    made = plan(anchors=(open_ended, stale))
+    assert made.status == "censored" and made.max_learning_rate is None and "larger rates at S = 0" in made.notes[0]
+    below = [plan(max_staleness=4, probe=at_lag(4), anchors=(a, stale)).max_learning_rate for a in (open_ended, fresh)]
+    higher = Anchor(0, 400, "found", 10.0)
+    beyond = [plan(anchors=(a, stale)).max_learning_rate for a in (fresh, higher)]
+    assert below[0] == below[1] < plan(max_staleness=4, probe=at_lag(4), anchors=(higher, stale)).max_learning_rate
+    assert beyond[1] < beyond[0]
+
+
+def test_open_intervals_are_less_certain_not_more():
+    both, low, high = ((0.05, 0.2), (0.0, 0.2), (0.05, math.inf))
+    errors = [Anchor(0, 400, "found", 0.1, interval).log_error for interval in (both, low, high, (0.0, math.inf), None)]
+    np.testing.assert_allclose(errors[:3], math.log(2) / 1.6448536269514722, rtol=1e-12)
+    assert errors[3] == 1.0 and errors[4] == 0.25
+    with pytest.raises(ValueError, match="must hold its learning rate"):
+        Anchor(0, 400, "found", 0.1, (0.2, 0.3))
+    with pytest.raises(ValueError, match="learning_rate=-1"):
+        HorizonRun(-1.0, 400, 50)
+
+
 def test_without_anchors_it_is_an_order_of_magnitude():
-    made = plan(anchors=(), probe=probe(second_moment=0.0125))
+    made = plan(anchors=(), probe=probe(second_moment=0.0375))
     np.testing.assert_allclose(made.max_learning_rate, 0.02, rtol=1e-12)  # √E(log r)² may double
     assert made.status == "order of magnitude" and made.interval[1] / made.interval[0] > 10
-    assert plan(anchors=(), probe=probe()).status == "none"
+    assert plan(anchors=(), probe=probe()).status == "not planned"
 
 
 def test_the_staleness_a_learning_rate_allows_inverts_the_plan():
     made = plan(learning_rate=0.015)
-    at = [plan(max_staleness=S).recommended for S in (made.largest_staleness, made.largest_staleness + 1)]
+    neighbors = (made.largest_staleness, made.largest_staleness + 1)
+    at = [plan(max_staleness=S, probe=at_lag(S)).recommended for S in neighbors]
     assert at[0] >= 0.015 > at[1]
     np.testing.assert_allclose(made.headroom, made.max_learning_rate / 0.015, rtol=1e-12)
     assert plan(learning_rate=0.08).largest_staleness is None  # too much even without lag
@@ -111,8 +142,10 @@ def test_the_staleness_a_learning_rate_allows_inverts_the_plan():
         (dict(anchors=anchors()[1:] * 2), r"anchors are given at S = \[8, 8\]"),
         (dict(probe=None), "probe is missing: S = 32"),
         (dict(probe=None, anchors=()), "neither anchors nor a probe"),
-        (dict(max_staleness=33), "max_staleness=33 is more than 4 times the anchors' 8"),
+        (dict(max_staleness=33, probe=at_lag(33)), "max_staleness=33 is more than 4 times the anchors' 8"),
         (dict(horizon=1601), "horizon=1601 is more than 4 times the anchors' 400"),
+        (dict(horizon=99), "horizon=99 is less than 1/4 of the anchors' 400"),
+        (dict(max_staleness=16), "probe ran at S = 32; it must be at the wanted max_staleness=16"),
         (dict(learning_rate=0.0), "learning_rate=0 must be > 0"),
         (dict(horizon=0), "horizon=0 must be an integer >= 1"),
     ],
@@ -124,7 +157,7 @@ def test_what_cannot_be_planned_is_refused_in_one_line(changes, message):
 
 
 def test_extrapolation_is_possible_when_asked_for():
-    assert plan(max_staleness=64, extrapolate=True).max_learning_rate < plan().max_learning_rate
+    assert plan(max_staleness=64, probe=at_lag(64), extrapolate=True).max_learning_rate < plan().max_learning_rate
 
 
 def test_an_anchor_or_probe_without_sense_is_refused():

@@ -93,7 +93,7 @@ def stable_learning_rate(
 
     Statuses, in this order: "none", no rate reaches the first level; "ill-defined", past the first share below one half at
     least two rates are back at the level; "censored", the largest rate still reaches it (or the fit puts it beyond);
-    "ill-defined", the fitted share does not fall or ln(η_20/η_80) > max_width; "found".
+    "ill-defined", the fitted share does not fall, ln(η_20/η_80) > max_width, or the fit lies below its first rate; "found".
 
     Args:
       learning_rates: [n] distinct, > 0, any order.
@@ -148,6 +148,9 @@ def stable_learning_rate(
     if boundaries[0] > log_rates[-1]:
         reason = f"the fitted boundary lies beyond the largest rate tried, {math.exp(log_rates[-1]):g}"
         return dataclasses.replace(blank, status="censored", reason=reason)
+    if boundaries[0] < log_rates[0]:
+        reason = f"the fitted boundary lies below the rate of highest success, {math.exp(log_rates[0]):g}"
+        return dataclasses.replace(blank, status="ill-defined", reason=reason, estimate=tuple(map(float, np.exp(boundaries))))
     limits = []
     for level in levels:
         threshold = stats.chi2.ppf(confidence, 1)

@@ -140,7 +140,7 @@ def classify_runs(
     tolerance = rule.frozen_tolerance * (ceiling - start)
     late = reward[:, steps > (1 - rule.frozen_window) * horizon]
     with np.errstate(invalid="ignore"):  # non-finite runs are told apart first
-        standing = np.ptp(late, axis=1) < tolerance
+        standing = (np.ptp(late, axis=1) < tolerance) & (late.shape[1] > 1)  # one measurement shows no standing still
         moved = np.maximum(peak - start, start - curve.min(axis=1)) >= tolerance
         kept, learned = ends >= keep, ends >= learn
     outcomes = np.select(

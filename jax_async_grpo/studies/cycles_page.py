@@ -265,6 +265,9 @@ def _constraints(lines: Iterable[Row], config: Mapping[str, Any]) -> dict[str, A
     }
 
 
+_NO_FALL = -0.5  # an interval that reaches below it does not say that there is no fall
+
+
 def verdict(fixed: Row, in_horizon: Row) -> str:
     """What the exponents in S+1 at the same T, and in T at the same S, say of the horizon law as a disguise.
 
@@ -274,12 +277,19 @@ def verdict(fixed: Row, in_horizon: Row) -> str:
 
     Returns:
       "staleness": it falls with S though every run has the same T, and does not fall with T; "both": it falls with either;
-      "horizon": it falls with T and not with S; "neither": with neither; "staleness at least": it falls with S, and there is
-      no interval of the exponent in T; "undetermined" otherwise.
+      "horizon": it falls with T and not with S; "neither": with neither. Not to fall is an interval that ends above −0.5, half
+      way to the exponent of a law of its own; one that reaches further down leaves the question open: "staleness at least",
+      "horizon at least", "undetermined", and so does an exponent in T without an interval.
     """
     if fixed["interval"] is None or in_horizon["interval"] is None:
         return "staleness at least" if fixed["interval"] is not None and fixed["interval"][1] < 0 else "undetermined"
     falls = fixed["interval"][1] < 0, in_horizon["interval"][1] < 0
+    if falls == (True, False) and in_horizon["interval"][0] <= _NO_FALL:
+        return "staleness at least"
+    if falls == (False, True) and fixed["interval"][0] <= _NO_FALL:
+        return "horizon at least"
+    if falls == (False, False) and min(fixed["interval"][0], in_horizon["interval"][0]) <= _NO_FALL:
+        return "undetermined"
     return {(True, False): "staleness", (True, True): "both", (False, True): "horizon", (False, False): "neither"}[falls]
 
 
@@ -468,6 +478,7 @@ def _conclusion(summary: Mapping[str, Any]) -> str:
 _SAID = {
     "staleness": "falls with S though every run has the same number of updates, and not with T: no horizon law in disguise",
     "staleness at least": "falls with S though every run has the same number of updates; whether with T too is unclear",
+    "horizon at least": "falls with T at the same S; whether with S too is unclear",
     "both": "falls with S at the same T, and with T at the same S: fixed cycles add the two, too steep a law in S",
     "horizon": "does not fall with S at the same T, but with T: what it shows in S at fixed cycles is the horizon's",
     "neither": "falls neither with S at the same T nor with T at the same S",

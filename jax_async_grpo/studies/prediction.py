@@ -32,6 +32,8 @@ _MEASURES = {  # of the stale rollouts of a probe; each is made proportional to 
     "sqrt_ess": ("off_policy/ess_ratio", lambda x: 1 / math.sqrt(x) - 1),
 }
 
+_FEWEST = 12  # settings below which nothing is said to hold
+
 pieces = sweep_pieces
 
 
@@ -75,10 +77,13 @@ def summary(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], source
         "settings": settings,
         "scores": scores,
         "statuses": _statuses(settings),
-        "checks": _checks(judged, scores["all"], config["criteria"]),
+        "checks": _checks(judged, scores["all"], config["criteria"], config["sweep"]["level"]),
         "num_settings": len(settings),
         "num_judged": len([s for s in judged if s["truth"]["status"] == "found"]),
         "num_apart": len(apart),
+        "num_worlds": len(_worlds(config)),
+        "num_anchor_pairs": len({(s["world"], s["algorithm"]) for s in settings}),
+        "design": _design(config),
         "widths": _widths(settings),
     }
 
@@ -86,9 +91,9 @@ def summary(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], source
 def rivals(anchors: tuple[planner.Anchor, planner.Anchor], max_staleness: int, horizon: int, ratios: Mapping[str, float]):
     """{rule: predicted η_80} of the simpler rules, from the same two anchors.
 
-    With η_0 and η_a the anchors at S = 0 and S_a: "constant" is η_a; "log_log" is linear in ln(1 + S) through both;
-    "paper_min" is min{η_a·S_a/S, η_0·T_a/T} (arXiv 2607.01083, both radii from the anchors); every other rule X takes
-    1/η = 1/η_0 + (X(S)/X(S_a))·(1/η_a − 1/η_0), "s_eta" with X = S.
+    With η_0 and η_a the anchors at S = 0 and S_a: "constant" is η_a; "s_eta_constant" is S·η = S_a·η_a; "log_log" is linear in
+    ln(1 + S) through both; "paper_min" is min{η_a·S_a/S, η_0·T_a/T} (arXiv 2607.01083, both radii from the anchors); every
+    other rule X takes 1/η = 1/η_0 + (X(S)/X(S_a))·(1/η_a − 1/η_0), "s_eta" with X = S.
 
     Args:
       anchors: found, at S = 0 and S_a.
@@ -101,12 +106,27 @@ def rivals(anchors: tuple[planner.Anchor, planner.Anchor], max_staleness: int, h
     position = math.log1p(max_staleness) / math.log1p(stale.max_staleness)
     found = {
         "constant": high,
+        "s_eta_constant": high / ratio,
         "log_log": low * (high / low) ** position,
         "paper_min": min(high / ratio, low * fresh.horizon / horizon),
     }
     for name, value in {"s_eta": ratio, **ratios}.items():
         found[name] = 1 / (1 / low + value * max(1 / high - 1 / low, 0.0))
     return found
+
+
+def _design(config) -> dict[str, Any]:
+    """What the page says of anchors, probes and truth, from the config."""
+    parts = config["sweep"]["cases"].items()
+    return {
+        "anchor_staleness": config["anchor_staleness"],
+        "probe_updates": config["probe"]["num_updates"],
+        **{
+            f"{role}_{key}": sorted({x for name, part in parts if name.endswith(role) for x in np.ravel(part[key]).tolist()})
+            for role in ("anchor", "truth")
+            for key in ("num_updates", "num_seeds", "max_staleness")
+        },
+    }
 
 
 def _worlds(config) -> list[str]:
@@ -219,15 +239,17 @@ def _widths(settings) -> dict[str, float]:
     return {name: float(np.median(values)) for name, values in sorted(widths.items())}
 
 
-def _is_stable(truth: Mapping[str, Any], learning_rate: float, level: float = 0.8) -> bool:
-    """Do the runs at the measured learning rate nearest to it succeed?"""
-    nearest = int(np.argmin(np.abs(np.log(np.array(truth["learning_rates"]) / learning_rate))))
-    return truth["shares"][nearest] >= level
+def _is_stable(truth: Mapping[str, Any], learning_rate: float, level: float) -> bool:
+    """Do the runs at the next tried learning rate, not below it, succeed? False beyond the largest."""
+    tried = [share for rate, share in zip(truth["learning_rates"], truth["shares"], strict=True) if rate >= learning_rate]
+    return bool(tried) and tried[0] >= level
 
 
-def _checks(judged, scores, criteria) -> list[dict[str, Any]]:
+def _checks(judged, scores, criteria, level) -> list[dict[str, Any]]:
     """What was to hold, the measured number, and whether it did."""
-    checks = [
+    usable = scores["planner"]["number"] if "planner" in scores else 0
+    checks = [dict(name="settings in which truth and both anchors are numbers", value=usable, limit=_FEWEST, at_most=False)]
+    checks += [
         dict(name=f"{kind} of abs ln error", value=scores["planner"][kind], limit=criteria[kind], at_most=True)
         for kind in ("median", "p90", "worst")
         if "planner" in scores
@@ -235,7 +257,7 @@ def _checks(judged, scores, criteria) -> list[dict[str, Any]]:
     numbered = [s for s in judged if s["plan"] and s["plan"]["rate"]]
     known = [s for s in numbered if s["truth"]["status"] == "found"]
     shares = {
-        "half_is_stable": [_is_stable(s["truth"], s["plan"]["rate"] / 2) for s in numbered],
+        "half_is_stable": [_is_stable(s["truth"], s["plan"]["rate"] / 2, level) for s in numbered],
         "coverage": [s["plan"]["interval"][0] <= s["truth"]["eta_80"] <= s["plan"]["interval"][1] for s in known],
     }
     words = dict(half_is_stable="half the prediction is stable, share", coverage="90 % intervals that cover, share")
@@ -250,7 +272,14 @@ def _checks(judged, scores, criteria) -> list[dict[str, Any]]:
             checks.append(dict(name=f"median not above that of {word}", value=value, limit=limit, at_most=True))
     if "without_anchors" in scores:
         value = scores["without_anchors"]["median"]
-        checks.append(dict(name="median without anchors", value=value, limit=criteria["without_anchors_median"], at_most=True))
+        checks.append(
+            dict(
+                name="median without anchors (a probe placed by one)",
+                value=value,
+                limit=criteria["without_anchors_median"],
+                at_most=True,
+            )
+        )
     for check in checks:
         check["holds"] = check["value"] <= check["limit"] if check["at_most"] else check["value"] >= check["limit"]
     return checks
