@@ -47,8 +47,8 @@ def page(summary: Mapping[str, Any]) -> str:
             f"In {summary['num_judged']} settings of the losses judged together the truth is a number. {verdict}",
             "The planner's form and its error were fixed before the runs. A cold reading of the code, before these scores were "
             "made, led to four changes: a censored anchor at S = 0 gives no number beyond S_a; anchors that cannot tell lag "
-            "from noise are averaged; the constant behind the estimate without anchors is the mean over the study of collapse; half "
-            "a prediction counts as stable only if the next larger learning rate tried is. The settings are not independent: "
+            "from noise are averaged; the constant behind the estimate without anchors is the mean over the study of collapse; "
+            "half a prediction counts as stable only if the next larger rate tried is. The settings are not independent: "
             f"{summary['num_worlds']} tasks, {summary['num_anchor_pairs']} pairs of anchors, and every S wanted lies beyond "
             "that of the larger anchor: what is tested is extrapolation by the drift, not interpolation.",
             _about_failure(summary),
@@ -142,8 +142,8 @@ def _about_failure(summary) -> str:
     )
     return (
         f"**Where it fails.** A smaller median error than the planner's {mine:.2f} have: {said}.{reason} These scores are of "
-        "this held-out set; to choose a rule by them and report its error on them would be to select by outcome, so the planner "
-        "keeps the form that was declared, and another needs another set."
+        "this held-out set; to choose a rule by them and report its error on them would be to select by outcome, so the "
+        "planner keeps the form that was declared, and another needs another set."
     )
 
 
