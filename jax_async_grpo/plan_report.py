@@ -197,14 +197,15 @@ def _wrapped(name: str, words: str) -> str:
 
 
 def _plans(plan: Plan, evidence: Evidence, reach: int) -> list[Plan]:
-    """Plans for other S at the same T; none where there is no number or nothing between which to draw."""
+    """Plans with a number for other S at the same T; none where there is nothing between which to draw."""
     if len(evidence.anchors) < 2 or plan.max_learning_rate is None:
         return []
     lags = {0, *np.geomspace(1, reach, 24).round().astype(int).tolist(), plan.max_staleness}
     if evidence.probe is None:  # nothing says how drift grows between the anchors
         lags = {0, evidence.anchors[1].max_staleness}
     options = dict(horizon=plan.horizon, confidence=plan.confidence, extrapolate=True)
-    return [plan_of(evidence, max_staleness=lag, **options) for lag in sorted(lags)]
+    made = [plan_of(evidence, max_staleness=lag, **options) for lag in sorted(lags)]
+    return [plan for plan in made if plan.max_learning_rate is not None]
 
 
 def _draw_prediction(ax, plans: Sequence[Plan]) -> None:

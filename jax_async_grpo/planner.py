@@ -227,7 +227,7 @@ def make_plan(
     Args:
       max_staleness: S wanted, updates.
       horizon: T wanted, updates.
-      probe: at the wanted S; None is possible where S is 0 or that of an anchor.
+      probe: at the wanted S, or with lags up to it; None is possible where S is 0 or that of an anchor.
       anchors: at S = 0 and at one larger S; none for an order of magnitude from the probe's second moment.
       horizon_run: without it the horizon limit is "not measured".
       learning_rate: η of a launch, for head-room and the S it allows.
@@ -240,8 +240,8 @@ def make_plan(
       A `Plan`.
 
     Raises:
-      ValueError: one anchor, two at the same S, none at S = 0; a missing probe; S or T beyond the stated factor of the anchors'
-        without `extrapolate`; an option out of range.
+      ValueError: one anchor, two at the same S, none at S = 0; a missing probe, or one at another S without anchors; S or T
+        beyond the stated factor of the anchors' without `extrapolate`; an option out of range.
     """
     max_staleness = as_integer("max_staleness", max_staleness, minimum=0)
     horizon = as_integer("horizon", horizon, minimum=1)
@@ -249,10 +249,12 @@ def make_plan(
     if learning_rate is not None:
         learning_rate = as_positive("learning_rate", learning_rate)
     wanted = dict(max_staleness=max_staleness, horizon=horizon, confidence=confidence, learning_rate=learning_rate)
-    if probe is not None and probe.max_staleness != max_staleness:
-        raise ValueError(f"probe ran at S = {probe.max_staleness}; it must be at the wanted max_staleness={max_staleness}")
     measured = _measured(probe, max_staleness)
     if not anchors:
+        if probe is not None and probe.max_staleness != max_staleness:
+            raise ValueError(
+                f"probe ran at S = {probe.max_staleness}; without anchors it must be at max_staleness={max_staleness}"
+            )
         return _without_anchors(wanted, measured, probe, horizon_run)
     fresh, stale = _checked_anchors(anchors, wanted, probe, extrapolate)
     for word in ("none", "ill-defined"):
@@ -294,6 +296,10 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
     limits = {"staleness": float(staleness_limit[0]), "optimizer": fresh.learning_rate}
     if horizon_limit is not None and math.isfinite(horizon_limit):
         limits["horizon"] = horizon_limit
+    if probe is not None and S not in (0, stale.max_staleness) and max(probe.drift) < max(S, stale.max_staleness):
+        notes.append(
+            f"drift was measured up to lag {max(probe.drift)} and continued from there to {max(S, stale.max_staleness)}"
+        )
     ran = sorted({fresh.horizon, stale.horizon})
     if ran != [T] and horizon_limit is None:
         notes.append(

@@ -145,7 +145,7 @@ def test_the_staleness_a_learning_rate_allows_inverts_the_plan():
         (dict(max_staleness=33, probe=at_lag(33)), "max_staleness=33 is more than 4 times the anchors' 8"),
         (dict(horizon=1601), "horizon=1601 is more than 4 times the anchors' 400"),
         (dict(horizon=99), "horizon=99 is less than 1/4 of the anchors' 400"),
-        (dict(max_staleness=16), "probe ran at S = 32; it must be at the wanted max_staleness=16"),
+        (dict(max_staleness=16, anchors=()), "probe ran at S = 32; without anchors it must be at max_staleness=16"),
         (dict(learning_rate=0.0), "learning_rate=0 must be > 0"),
         (dict(horizon=0), "horizon=0 must be an integer >= 1"),
     ],

@@ -143,7 +143,7 @@ def test_the_page_and_the_summary_are_what_the_records_say(name):
     study = studies.load_study(config)
     study.validate(config)
     rows = records.read_jsonl(folder / "metrics.jsonl")
-    assert set(study.pieces(config)) == set(studies.finished_pieces(rows))
+    assert set(study.pieces(config)) <= set(studies.finished_pieces(rows))  # probes are derived from anchors, and come on top
     assert records.read_json(folder / "config.json") == records.to_plain(config)
     with contextlib.chdir(ROOT):
         result = study.summary(rows, config, studies.read_sources(config))
@@ -152,5 +152,5 @@ def test_the_page_and_the_summary_are_what_the_records_say(name):
     named = re.findall(r"\]\((records/[^)]+)\)", page.read_text())
     assert named and all((page.parent / path).exists() for path in named)
     size = (folder / "metrics.jsonl").stat().st_size  # whole runs of every seed; git packs them to a quarter
-    assert size < 6e6
+    assert size < 7e6
     assert sum(path.stat().st_size for path in folder.iterdir()) < size + 1.1e6
