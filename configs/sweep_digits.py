@@ -35,7 +35,9 @@ def get_config() -> ml_collections.ConfigDict:
             is_=algorithm("importance_sampling"),
         )
     )
-    config.cases = ml_collections.ConfigDict(dict(digits=case(algorithms=("no_is", "clip", "is_"))))
+    grid = dict(max_staleness=(0, 8, 32), learning_rates=tuple(2e-4 * 2**k for k in range(6)))
+    size = dict(num_updates=800, num_measurements=20, num_windows=5, num_seeds=6)
+    config.cases = ml_collections.ConfigDict(dict(digits=case(algorithms=("no_is", "clip", "is_"), **grid, **size)))
     return config
 
 
