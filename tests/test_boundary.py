@@ -114,6 +114,13 @@ def test_only_the_upper_side_is_fitted_from_the_smallest_of_equal_bests():
     assert dip.width > 1.3 * smooth.width  # the dip between two equal bests is seen
 
 
+def test_a_boundary_below_the_rate_of_highest_success_is_no_boundary():
+    """Runs that have not learned yet lie there: the fit would put η_80 among them."""
+    found = scaling.stable_learning_rate(RATES, [0, 14, 16, 10, 4, 2, 0, 2], np.full(8, 20))
+    assert found.status == "ill-defined" and found.eta_80 is None and "below the rate of highest success" in found.reason
+    assert found.estimate[0] < RATES[2]
+
+
 def test_order_and_units_do_not_matter():
     counts = np.array([20, 20, 19, 17, 9, 4, 1, 0])
     one = scaling.stable_learning_rate(RATES, counts, np.full(8, 20))

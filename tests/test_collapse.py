@@ -68,6 +68,11 @@ def test_collapse_steps_agree_with_all_suffixes_tried(seed):
     assert result.end == pytest.approx(reward[steps > 0.7 * steps[-1]].mean())
 
 
+def test_one_measurement_shows_no_standing_still():
+    rising = dict(steps=[40, 80, 120], reward=[0.3, 0.33, 0.37], start_reward=0.2, ceiling=1.0)
+    assert scaling.classify_run(**rising).outcome == "never learned"  # the last quarter holds the last measurement alone
+
+
 def test_the_two_rules_part():
     """0.9 -> 0.6: 0.67 of the peak, and 0.57 of the gain: the first rule fires and the drawdown does not."""
     result = classify(np.where(STEPS < 200, 0.9, 0.6))

@@ -189,3 +189,13 @@ def test_refuses(changes, message):
     with pytest.raises(ValueError, match=message) as error:
         fit(**{"eta": law()} | changes)
     assert "\n" not in str(error.value)
+
+
+def test_points_of_the_other_constraint_are_not_averaged_into_a_radius():
+    """Half of the points are limited by a horizon seen at one T alone: it has no radius, and does not pull at the other."""
+    staleness, horizon = (grid.ravel() for grid in np.meshgrid([1, 2, 4, 8, 16, 32, 64], [10, 1000]))
+    noise = np.exp(0.1 * np.random.default_rng(0).standard_normal(14))
+    found = scaling.fit_stability_limit(staleness, horizon, np.minimum(1 / staleness, 20 / horizon) * noise, num_bootstrap=200)
+    assert found.critical_radius.value is None
+    low, high = found.batch_radius.interval
+    assert low < 1 < high and 0.8 < found.batch_radius.value < 1.25

@@ -165,6 +165,9 @@ def test_runs_that_never_fall_or_always_do_have_no_exponent():
         ((-0.9, -0.5), None, "staleness at least"),
         ((-0.2, 0.1), None, "undetermined"),
         (None, (-1.2, -0.8), "undetermined"),
+        ((-0.6, -0.05), (-1.3, 0.02), "staleness at least"),  # −1 in T is not ruled out
+        ((-0.7, 0.1), (-1.2, -0.8), "horizon at least"),
+        ((-0.8, 0.1), (-0.2, 0.1), "undetermined"),
     ],
 )
 def test_verdicts(fixed, in_horizon, word):

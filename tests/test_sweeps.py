@@ -133,6 +133,8 @@ def test_exact_off_policy_measures_agree_with_their_definitions():
         "entropy": -(p * np.log(p)).sum(1).mean(),
     }
     assert set(found) == set(expected)
+    apart = exact.off_policy(case.policy, jax.tree.map(np.zeros_like, other), jax.tree.map(lambda x: 1e3 * x, other), case.task)
+    assert apart["off_policy/ess_ratio"] == 0  # 0·inf would be NaN, and scale_by_ess with it
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, rtol=1e-12, err_msg=name)
 
