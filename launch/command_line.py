@@ -110,11 +110,11 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
-def config_of_job(example: str) -> dict[str, Any]:
+def config_of_job(example: str, *, spread: bool = False) -> dict[str, Any]:
     """The config of a job, and jax set up for it.
 
     A job is in float64 on the CPU, as accelerators lack float64 or emulate it slowly, unless its config says
-    `precision="float32"`. Every core is a device of its own, over which sweeps spread their runs.
+    `precision="float32"`. With `spread` every core is a device of its own, over which sweeps spread their runs.
 
     Raises:
       ValueError: --config is missing, or --workdir without --dry_run, naming `example`; what `read_config` raises.
@@ -127,7 +127,7 @@ def config_of_job(example: str) -> dict[str, Any]:
     std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # which backends there are not is no news
     if is_theory:
         jax.config.update("jax_platforms", "cpu")
-    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if spread and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # a backend that runs already keeps its devices
             jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     return config

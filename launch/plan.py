@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def _from_config() -> int:
-    config = command_line.config_of_job("configs/plan.py")
+    config = command_line.config_of_job("configs/plan.py", spread=True)
     job, (S, T) = plan_run.open_job(config), _wanted(config["max_staleness"], config["horizon"])
     if command_line.DRY_RUN.value:
         print(plan_run.describe(job, S))
