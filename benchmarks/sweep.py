@@ -158,10 +158,11 @@ def survives_kills(seed: int = 0) -> bool:
         moments = random.Random(seed)
         for kill in range(NUM_KILLS):
             process = subprocess.Popen([*command, f"--workdir={killed}"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            for _ in range(moments.randrange(1, 3)):  # so many chunks later, and a random while into the next one
-                process.stdout.readline()
+            for _ in range(moments.randrange(1, 4)):  # so many new chunks later, and a random while into the next one
+                while b"recorded before" in process.stdout.readline():
+                    pass
             try:
-                process.wait(timeout=moments.uniform(0, 0.4))
+                process.wait(timeout=moments.uniform(0, 0.1))
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGKILL)
             process.communicate()
@@ -177,7 +178,7 @@ def get_config():
     """The sweep that is killed: this file is its config."""
     import ml_collections
 
-    changes = dict(updates="sampled", learning_rates=tuple(0.05 * 1.2**k for k in range(12)), num_seeds=2)
+    changes = dict(updates="sampled", learning_rates=tuple(0.05 * 1.1**k for k in range(40)), num_seeds=2)
     return ml_collections.ConfigDict(config(**changes))
 
 
