@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_async_grpo.scaling import CollapseRule
+
 __all__ = [
     "check_choice",
     "check_distinct",
@@ -16,6 +18,7 @@ __all__ = [
     "check_keys",
     "check_mapping",
     "check_number",
+    "check_rule",
     "check_window",
     "first_line",
     "resolve",
@@ -89,6 +92,15 @@ def check_number(value: Any, field: str, is_allowed: Callable[[float], bool], al
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not is_allowed(value):
         raise ValueError(f"config.{field} is {value!r}; it must be a number {allowed}")
+
+
+def check_rule(rule: Any) -> None:
+    """ValueError unless `rule` holds options of a `CollapseRule`."""
+    check_mapping(rule, "rule")
+    try:
+        CollapseRule(**rule)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"config.rule: {first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:

@@ -28,11 +28,11 @@ from jax_async_grpo.config_checks import (
     check_keys,
     check_mapping,
     check_number,
+    check_rule,
     first_line,
     resolve,
 )
 from jax_async_grpo.records import Workdir
-from jax_async_grpo.scaling import CollapseRule
 
 __all__ = ["SweepChunk", "build_case", "chunks", "describe", "finished_chunks", "run_chunks", "validate"]
 
@@ -107,12 +107,9 @@ def validate(config: Mapping[str, Any]) -> None:
         raise ValueError(f"config.precision is {config['precision']!r}; it must be one of {PRECISIONS}")
     for key in ("level", "confidence"):
         check_number(config[key], key, lambda x: 0 < x < 1, "between 0 and 1")
-    for key in ("advantage_options", "aggregation_options", "rule", "algorithms", "cases"):
+    for key in ("advantage_options", "aggregation_options", "algorithms", "cases"):
         check_mapping(config[key], key)
-    try:
-        CollapseRule(**config["rule"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config.rule: {first_line(error)}") from None
+    check_rule(config["rule"])
     for kind in ("algorithms", "cases"):
         if not config[kind]:
             raise ValueError(f"config.{kind} is empty; there is nothing to run")

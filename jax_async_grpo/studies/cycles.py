@@ -16,12 +16,12 @@ import numpy as np
 import optax
 
 from jax_async_grpo.compiling import jit_repeated
-from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, check_window
+from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, check_rule, check_window
 from jax_async_grpo.records import Workdir
 from jax_async_grpo.scaling import CollapseRule, classify_runs
 from jax_async_grpo.studies.contract import run_pieces
 from jax_async_grpo.studies.cycles_page import figures, page, summary
-from jax_async_grpo.studies.horizon import ProxyCase, check_grid, check_losses, check_rule, proxy_case
+from jax_async_grpo.studies.horizon import ProxyCase, check_grid, check_losses, proxy_case
 from jax_async_grpo.update import create_state, update_step
 
 __all__ = ["figures", "largest_rates", "make_ends", "page", "pieces", "run", "summary", "validate"]

@@ -24,8 +24,8 @@ from jax_async_grpo.config_checks import (
     check_keys,
     check_mapping,
     check_number,
+    check_rule,
     check_window,
-    first_line,
     resolve,
 )
 from jax_async_grpo.records import Workdir
@@ -39,7 +39,6 @@ __all__ = [
     "ProxyCase",
     "check_grid",
     "check_losses",
-    "check_rule",
     "crossings",
     "figures",
     "make_curves",
@@ -125,15 +124,6 @@ def check_losses(config: Mapping[str, Any]) -> None:
         raise ValueError("config.losses is empty; there is nothing to run")
     for name, dotted in config["losses"].items():
         resolve(dotted, f"losses.{name}")
-
-
-def check_rule(rule: Any) -> None:
-    """ValueError unless `rule` holds options of a `CollapseRule`."""
-    check_mapping(rule, "rule")
-    try:
-        CollapseRule(**rule)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config.rule: {first_line(error)}") from None
 
 
 def check_grid(values: Any, field: str, *, integers: bool = False) -> None:

@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, first_line
-from jax_async_grpo.records import Workdir
 from jax_async_grpo.scaling import CollapseRule, msd_exponent
 from jax_async_grpo.scaling.power_law import percentile_interval
-from jax_async_grpo.studies.contract import run_pieces
+from jax_async_grpo.studies.analysis import pieces, run, source_rows, validate_analysis
 from jax_async_grpo.studies.runs import RunTable, run_table, seed_draws
 from jax_async_grpo.studies.warnings_page import figures, page
 
@@ -46,7 +44,6 @@ _KEYS = (
     "confidence",
     "seed",
 )
-_PIECE = "analysis"
 
 
 def _window(name: str) -> Callable[[RunTable], np.ndarray]:
@@ -84,29 +81,7 @@ STRATA: dict[str, tuple[str, ...]] = {
 
 def validate(config: Mapping[str, Any]) -> None:
     """Raises ValueError, one line, on the first thing that cannot be analyzed."""
-    check_keys(config, _KEYS, "")
-    check_mapping(config["rule"], "rule")
-    try:
-        CollapseRule(**config["rule"])
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config.rule: {first_line(error)}") from None
-    for key, least in (("min_staleness", 1), ("num_bootstrap", 20), ("seed", 0)):
-        check_integer(config[key], key, minimum=least)
-    for key in ("confidence", "late_from"):
-        check_number(config[key], key, lambda x: 0 < x < 1, "between 0 and 1")
-    if isinstance(config["cases"], str) or not config["cases"]:
-        raise ValueError(f"config.cases is {config['cases']!r}; it must be a tuple of cases of the sweep")
-
-
-def pieces(config: Mapping[str, Any]) -> list[str]:
-    """One piece: nothing is run here."""
-    del config
-    return [_PIECE]
-
-
-def run(config: Mapping[str, Any], workdir: Workdir, on_piece: Callable[[str, float], None]) -> None:
-    """Records that the study was run; what it says is computed from its source in `summary`."""
-    run_pieces(pieces(config), workdir, on_piece, lambda name: [])
+    validate_analysis(config, _KEYS, fractions=("confidence", "late_from"))
 
 
 def summary(rows: Sequence[Any], config: Mapping[str, Any], sources: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -124,12 +99,9 @@ def summary(rows: Sequence[Any], config: Mapping[str, Any], sources: Mapping[str
       ValueError: the source is not there or lacks a case.
     """
     del rows
-    if config["source"] not in sources:
-        raise ValueError(f"config.source is {config['source']!r}; config.sources has {', '.join(sources) or 'none'}")
+    source = source_rows(config, sources)
     rule = CollapseRule(**config["rule"])
-    cases = [
-        {"case": case} | _case_record(run_table(sources[config["source"]], case, rule), config) for case in config["cases"]
-    ]
+    cases = [{"case": case} | _case_record(run_table(source, case, rule), config) for case in config["cases"]]
     return {
         "cases": cases,
         "labels": {name: label for name, (label, _) in INDICATORS.items()},
