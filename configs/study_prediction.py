@@ -25,7 +25,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.precision = "float32"
     config.anchor_staleness = 8
     config.probe = ml_collections.ConfigDict(dict(num_updates=80, first_seed=200, num_seeds=20))  # a tenth of T
+    config.seen_before = True  # the rule now in the planner was chosen on these records
     config.apart = ("clip",)  # losses reported apart: their boundary is wider than ln 1.5
+    config.largest_tv = 0.25  # of a probe without anchors, where a ladder of them was run
     # Must hold, over the settings whose truth is a number (|ln error|; shares).
     config.criteria = ml_collections.ConfigDict(
         dict(median=0.35, p90=0.8, worst=1.5, half_is_stable=0.9, coverage=0.8, without_anchors_median=0.7)
@@ -41,25 +43,27 @@ def get_config() -> ml_collections.ConfigDict:
     sweep.algorithms = ml_collections.ConfigDict(losses)
     adam, sgd = dict(optimizer="optax.adam"), dict(optimizer="optax.sgd")
     worlds = dict(
-        sums4_mlp_adam=dict(**_mlp(32), **adam, task_options=_sum(4, seed=11), learning_rates=_ladder(2e-3)),
-        sums5_mlp_sgd=dict(**_mlp(32), **sgd, task_options=_sum(5, seed=12, partial_credit=True), learning_rates=_ladder(0.06)),
+        sums4_mlp_adam=dict(**mlp(32), **adam, task_options=sum_task(4, seed=11), learning_rates=ladder(2e-3)),
+        sums5_mlp_sgd=dict(
+            **mlp(32), **sgd, task_options=sum_task(5, seed=12, partial_credit=True), learning_rates=ladder(0.06)
+        ),
         spoken4_mlp_adam=dict(
-            **_mlp(32),
+            **mlp(32),
             **adam,
-            task_options=_sum(4, seed=13, partial_credit=True, variable_length=True),
-            learning_rates=_ladder(1e-3),
+            task_options=sum_task(4, seed=13, partial_credit=True, variable_length=True),
+            learning_rates=ladder(1e-3),
         ),
         long3_mlp_adam=dict(
-            **_mlp(24, context_length=10),
+            **mlp(24, context_length=10),
             **adam,
-            task_options=_sum(3, seed=14, num_digits=3, partial_credit=True),
-            learning_rates=_ladder(1e-3),
+            task_options=sum_task(3, seed=14, num_digits=3, partial_credit=True),
+            learning_rates=ladder(1e-3),
         ),
-        sums4_mlp_sgd=dict(**_mlp(48), **sgd, task_options=_sum(4, seed=16), learning_rates=_ladder(0.06)),
+        sums4_mlp_sgd=dict(**mlp(48), **sgd, task_options=sum_task(4, seed=16), learning_rates=ladder(0.06)),
         sums4_decoder_adam=dict(
             **adam,
-            task_options=_sum(4, seed=15),
-            learning_rates=_ladder(1e-4, 8),
+            task_options=sum_task(4, seed=15),
+            learning_rates=ladder(1e-4, 8),
             losses=("no_is", "clip", "is_"),
         ),
     )
@@ -71,7 +75,8 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def _mlp(width: int, context_length: int = 7) -> dict:
+def mlp(width: int, context_length: int = 7) -> dict:
+    """A two-layer network on the last tokens, warm-started."""
     return dict(
         policy="jax_async_grpo.policies.mlp",
         policy_options=dict(context_length=context_length, width=width),
@@ -79,9 +84,11 @@ def _mlp(width: int, context_length: int = 7) -> dict:
     )
 
 
-def _sum(base: int, *, seed: int, num_digits: int = 2, **options) -> dict:
+def sum_task(base: int, *, seed: int, num_digits: int = 2, **options) -> dict:
+    """Options of a digit sum with eight prompts."""
     return dict(num_prompts=8, num_digits=num_digits, base=base, seed=seed, **options)
 
 
-def _ladder(lowest: float, size: int = 9) -> tuple[float, ...]:
+def ladder(lowest: float, size: int = 9) -> tuple[float, ...]:
+    """Learning rates, each twice the one before."""
     return tuple(round(lowest * 2**k, 6) for k in range(size))

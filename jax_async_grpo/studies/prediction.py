@@ -23,7 +23,18 @@ from jax_async_grpo.studies.swept import run_sweep, sweep_pieces, validate_sweep
 
 __all__ = ["figures", "page", "pieces", "rivals", "run", "summary", "validate"]
 
-_KEYS = ("study", "sources", "precision", "anchor_staleness", "probe", "apart", "criteria", "sweep")
+_KEYS = (
+    "study",
+    "sources",
+    "precision",
+    "anchor_staleness",
+    "probe",
+    "largest_tv",
+    "seen_before",
+    "apart",
+    "criteria",
+    "sweep",
+)
 _CRITERIA = ("median", "p90", "worst", "half_is_stable", "coverage", "without_anchors_median")
 _MEASURES = {  # of the stale rollouts of a probe; each is made proportional to η by its transform
     "tv": ("off_policy/tv", lambda x: x),
@@ -46,6 +57,7 @@ def validate(config: Mapping[str, Any]) -> None:
     for name in _CRITERIA:
         check_number(config["criteria"][name], f"criteria.{name}", lambda x: x > 0, "> 0")
     check_integer(config["anchor_staleness"], "anchor_staleness", minimum=1)
+    check_number(config["largest_tv"], "largest_tv", lambda x: 0 < x < 1, "between 0 and 1")
     validate_sweep(config)
     for world in _worlds(config):
         anchor, truth = (config["sweep"]["cases"].get(f"{world}_{role}") for role in ("anchor", "truth"))
@@ -57,7 +69,7 @@ def validate(config: Mapping[str, Any]) -> None:
 
 
 def run(config: Mapping[str, Any], workdir: Workdir, on_piece: Callable[[str, float], None]) -> None:
-    """Anchors and truth first, then the probes that the anchors ask for."""
+    """Anchors, truth and ladders of probes first, then, where a world has no ladder, the probes that its anchors ask for."""
     programs: dict = {}
     run_sweep(config, workdir, on_piece, programs)
     cases = dict(config["sweep"]["cases"]) | _probe_cases(config, workdir.read_metrics())
@@ -148,7 +160,7 @@ def _probe_cases(config, rows) -> dict[str, Any]:
     found, cases, lag = _boundaries(rows, config), {}, config["anchor_staleness"]
     for world in _worlds(config):
         part = config["sweep"]["cases"][f"{world}_truth"]
-        for algorithm in part["algorithms"]:
+        for algorithm in () if f"{world}_ladder" in config["sweep"]["cases"] else part["algorithms"]:
             anchor = anchor_of_boundary(found[f"{world}_anchor", algorithm, lag], lag, config["sweep"]["level"])
             if anchor.learning_rate is None:
                 continue
