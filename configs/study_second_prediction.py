@@ -1,4 +1,4 @@
-"""The planner, tested by prediction a second time: the rule that a first held-out set suggested, on tasks and seeds it has not seen.
+"""The planner, tested by prediction a second time: the rule that a first held-out set suggested, on tasks and seeds unseen.
 
     python -m launch.study --config=configs/study_second_prediction.py --workdir=docs/laws/records/second_prediction
 
@@ -9,7 +9,7 @@ records, and before this file was run, the following were fixed:
 - `planner`'s model error with it is 0.35 nats of η_80 (coverage .93 on the first set), 0.5 where only √MSD is known;
 - without anchors, η_80 = η_p·0.5/TV(η_p) for the largest rate η_p of the ladder up to which no probe has TV above 0.25, an
   order of magnitude (0.75 nats): the probe is placed by what it reads, from the lowest rate upwards, not by an anchor;
-- the truth is measured at S = 4 too, between the anchors. Everything else is as in the first set, whose criteria also hold here.
+- the truth is measured at S = 4 too, between the anchors. All else is as in the first set, criteria too.
 """
 
 from __future__ import annotations
