@@ -65,7 +65,7 @@ def plan_of(evidence: Evidence, *, max_staleness: int, horizon: int, **options) 
       ValueError: as `planner.make_plan`.
     """
     anchors, notes = evidence.anchors, evidence.notes
-    if len(anchors) == 1 and evidence.probe is not None and evidence.probe.second_moment:
+    if len(anchors) == 1 and evidence.probe is not None and evidence.probe.total_variation:
         notes += (f"the anchor at S = {anchors[0].max_staleness} alone places no boundary under lag and is not used",)
         anchors = ()
     plan = planner.make_plan(
@@ -95,15 +95,26 @@ def anchor_of_boundary(
     )
 
 
-def probe_of_cell(cell: Mapping[str, Any], max_staleness: int) -> planner.Probe:
-    """The probe of a cell of `sweep_summary.groups` at S: means over its seeds."""
+def probe_of_cell(cell: Mapping[str, Any], others: Iterable[Mapping[str, Any]] = ()) -> planner.Probe:
+    """The probe of a cell of `sweep_summary.groups`: means over seeds, and √KL at the S of `others`, cells at the same η."""
     msd = np.mean(cell["msd"], axis=0)
+    policy_drift = {
+        int(one["max_staleness"]): math.sqrt(max(_window_mean(one, "off_policy/kl"), 0.0)) for one in (cell, *others)
+    }
+    total_variation = _window_mean(cell, "off_policy/tv")
     return planner.Probe(
-        max_staleness=max_staleness,
+        max_staleness=int(cell["max_staleness"]),
         learning_rate=cell["learning_rate"],
         drift={int(lag): float(np.sqrt(value)) for lag, value in zip(cell["msd_lags"], msd, strict=True)},
-        second_moment=float(np.mean(cell["windows"]["off_policy/second_moment"])),
+        policy_drift={lag: value for lag, value in policy_drift.items() if lag and value > 0},
+        total_variation=min(total_variation, 1.0) if total_variation > 0 else None,
     )
+
+
+def _window_mean(cell: Mapping[str, Any], name: str) -> float:
+    """Over seeds and windows; 0 where it is not finite, which is no measurement."""
+    mean = float(np.mean(cell["windows"][name]))
+    return mean if math.isfinite(mean) else 0.0
 
 
 def horizon_run_of_cell(cell: Mapping[str, Any], rule: CollapseRule) -> planner.HorizonRun:
@@ -191,6 +202,7 @@ def evidence_of_sweep(
         for lag in lags
     )
     probes = {key[3]: groups[key] for key in groups if key[:2] == (probe_case, algorithm)}
+    cells_of = {lag: cells.get(lag, []) + probes.get(lag, []) for lag in {*cells, *probes}}
     chosen, notes = _probe_cell(cells | probes, max_staleness, probe_rate(anchors))
     horizon_run, refuted = None, ()
     if (horizon_case, algorithm) in {key[:2] for key in groups}:
@@ -199,11 +211,22 @@ def evidence_of_sweep(
     return Evidence(
         source=source,
         anchors=anchors,
-        probe=probe_of_cell(chosen, chosen["max_staleness"]),
+        probe=probe_of_cell(chosen, _beside(chosen, cells_of)),
         horizon_run=horizon_run,
         ess=float(np.mean(chosen["windows"]["off_policy/ess_ratio"])),
         notes=notes + refuted,
     )
+
+
+def _beside(cell, cells_of: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """The cells at other S with the learning rate of this one; where there are several, the one of as many updates."""
+    found = []
+    for lag, there in cells_of.items():
+        alike = [
+            one for one in there if one["learning_rate"] == cell["learning_rate"] and lag not in (0, cell["max_staleness"])
+        ]
+        found += sorted(alike, key=lambda one: abs(one["steps"][-1] - cell["steps"][-1]))[:1]
+    return found
 
 
 def _probe_cell(cells, max_staleness, rate) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -26,7 +26,7 @@ from jax_async_grpo.scaling import OUTCOMES, CollapseRule, classify_run, stable_
 __all__ = ["COLUMNS", "REQUIRED", "ROLES", "LoggedRun", "evidence_of_log", "read_log"]
 
 REQUIRED = ("run", "max_staleness", "learning_rate", "step")
-_MEASURED = ("reward", "update_norm", "clip_fraction", "staleness", "ess", "drift", "second_moment")
+_MEASURED = ("reward", "update_norm", "clip_fraction", "staleness", "ess", "drift", "kl", "tv")
 COLUMNS = (*REQUIRED, *_MEASURED, "outcome", "role")
 ROLES = ("anchor", "probe", "horizon")
 _LEVELS = (0.8, 0.5)
@@ -137,7 +137,7 @@ def evidence_of_log(
     if probe is None and len(anchors) < 2:
         raise ValueError(
             f"{source}: there is nothing to plan from; give reward or outcome of runs at two learning rates or more, at S = 0 "
-            "and at a larger S, or update_norm and second_moment of a run"
+            "and at a larger S, or update_norm and tv of a run"
         )
     if any(len(set(run.rates)) > 1 for run in runs):
         said += ("learning rates change within runs: the largest of a run counts as its own",)
@@ -197,6 +197,7 @@ def _checked_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
         "staleness": (lambda x: x >= 0 and x == round(x), "an integer >= 0"),
         "ess": (lambda x: 0 < x <= 1, "a share in (0, 1]"),
         "clip_fraction": (lambda x: 0 <= x <= 1, "a share in [0, 1]"),
+        "tv": (lambda x: 0 <= x <= 1, "a total variation in [0, 1]"),
         "reward": (lambda x: not x < 0, "a number >= 0 (shift rewards that can be negative)"),
     }
     checked: dict[str, Any] = {"run": str(_cell(row, "run")).strip()}
@@ -352,11 +353,23 @@ def _probe(runs, max_staleness, rate, clip_level) -> tuple[Probe | None, float |
         notes += (
             "no drift is logged: update_norm * staleness stands for it, the most it can be (every update in one direction)",
         )
-    second_moment, ess = (_mean([run.columns[name] for run in mine]) for name in ("second_moment", "ess"))
+    tv, ess = (_mean([run.columns[name] for run in mine]) for name in ("tv", "ess"))
     radius, is_bound = _clip_radius(runs, clip_level)
     if is_bound:
         notes += ("the operational R_batch takes update_norm * staleness for the drift: it may lie too high",)
-    return Probe(lag, chosen, drift, second_moment, radius), ess, notes
+    of_policy = _policy_drift(runs, chosen, rate)
+    return Probe(lag, chosen, drift, of_policy, min(tv, 1.0) if tv else None, radius), ess, notes
+
+
+def _policy_drift(runs: Sequence[LoggedRun], learning_rate: float, rate: float | None) -> dict[int, float]:
+    """{S: √KL at the probe's η}: of rows with the full lag, of the runs with the largest η up to `rate`, in proportion to η."""
+    measured: dict[tuple[int, float], list[np.ndarray]] = defaultdict(list)
+    for run in runs:
+        kl = run.columns["kl"][(run.columns["kl"] > 0) & (run.columns["staleness"] == run.max_staleness)]
+        if run.max_staleness and run.role != "horizon" and len(kl):
+            measured[run.max_staleness, run.learning_rate].append(kl)
+    allowed = max(rate or 0, learning_rate) * (1 + 1e-9)
+    return {lag: math.sqrt(_mean(kl)) * learning_rate / eta for (lag, eta), kl in sorted(measured.items()) if eta <= allowed}
 
 
 def _drift(run: LoggedRun) -> dict[int, float]:

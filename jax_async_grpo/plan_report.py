@@ -24,6 +24,10 @@ WRITTEN = ("plan.txt", "plan.json", "plan.png", "plan.svg")
 _WIDTH = 80
 _NOT_MEASURED = "not measured"
 _REACH = 4  # times the anchors' S: as far as the planner goes unasked
+_MEASURES = {
+    "policy": "the prediction takes the growth of sqrt(KL), the policy's drift, in its place",
+    "parameters": "the prediction takes this growth: no KL was measured at both S",
+}
 _STATUS = {
     "bracketed": "bracketed by two measured learning rates",
     "order of magnitude": "ORDER OF MAGNITUDE ONLY: no two anchors, nothing places the boundary",
@@ -126,6 +130,7 @@ def _drift_lines(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("G_upd", f"{plan.update_norm:.3g}  norm of an update over eta"),
         ("drift", drift + kind),
+        *([] if plan.drift_measure is None else [("", _MEASURES[plan.drift_measure])]),
         ("R_batch", f"{effective:.3g}  effective, drift at the staleness limit" if effective else "effective: none"),
         ("", f"operational: {operational}"),
         ("R_crit", f"{critical:.3g}" if critical else _NOT_MEASURED if plan.horizon_limit is None else "none"),

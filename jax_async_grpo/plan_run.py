@@ -91,7 +91,7 @@ def describe(job: PlanJob, max_staleness: int) -> str:
     """What `measure` runs at most for a plan at S, as `--dry_run` prints it."""
     lines = [f"anchors: records of {job.folder}" if job.folder else "anchors:\n" + sweep_run.describe(job.sweep)]
     if max_staleness not in job.sweep["cases"][job.case]["max_staleness"]:
-        lines.append(f"a probe at S = {max_staleness}, at half of the smaller anchor")
+        lines.append(f"probes at S = {max_staleness} and at the larger anchor's S, at half of the smaller anchor")
     if job.config["horizon_run"]["factor"]:
         lines.append(f"a horizon run at S = 0, at {job.config['horizon_run']['factor']:g} times the anchor there")
     return "\n".join(lines)
@@ -194,8 +194,9 @@ def _horizon_name(job: PlanJob) -> str:
 
 
 def _words(name: str, part: Mapping[str, Any]) -> str:
-    kind = "a horizon run" if name.endswith("_horizon") else "a probe"
-    return f"{kind} (S = {part['max_staleness'][0]}, eta = {part['learning_rates'][0]:g}, {part['num_updates']} updates)"
+    kind = "a horizon run" if name.endswith("_horizon") else "probes" if len(part["max_staleness"]) > 1 else "a probe"
+    lags = " and ".join(map(str, part["max_staleness"]))
+    return f"{kind} (S = {lags}, eta = {part['learning_rates'][0]:g}, {part['num_updates']} updates)"
 
 
 def _runs(job: PlanJob, found: Evidence, max_staleness: int) -> dict[str, dict[str, Any]]:
@@ -203,18 +204,19 @@ def _runs(job: PlanJob, found: Evidence, max_staleness: int) -> dict[str, dict[s
     rate, part, cases = probe_rate(found.anchors), job.sweep["cases"][job.case], {}
     if rate is not None and max_staleness not in part["max_staleness"]:
         # long enough for every lag to be seen more than once
-        cases[_probe_name(job, max_staleness)] = _case(part, job.config["probe"], max_staleness, rate, 3 * max_staleness)
+        lags = tuple(sorted({max_staleness, found.anchors[-1].max_staleness} - {0}))
+        cases[_probe_name(job, max_staleness)] = _case(part, job.config["probe"], lags, rate, 3 * max(lags))
     factor = job.config["horizon_run"]["factor"]
     if factor and found.anchors[0].learning_rate is not None:
         high = float(f"{factor * found.anchors[0].learning_rate:.3g}")
-        cases[_horizon_name(job)] = _case(part, job.config["horizon_run"], 0, high, 1)
+        cases[_horizon_name(job)] = _case(part, job.config["horizon_run"], (0,), high, 1)
     return cases
 
 
-def _case(part, options, max_staleness: int, learning_rate: float, least: int) -> dict[str, Any]:
-    """A case of one S and one η, of at least so many updates."""
+def _case(part, options, max_staleness: tuple[int, ...], learning_rate: float, least: int) -> dict[str, Any]:
+    """A case of one η, of at least so many updates."""
     count = options["num_measurements"]
     num_updates = -(-max(options["num_updates"], least) // count) * count
     given = {"first_seed": options["first_seed"], "num_seeds": options["num_seeds"], "num_measurements": count}
-    chosen = dict(max_staleness=(max_staleness,), learning_rates=(learning_rate,), num_updates=num_updates, num_windows=1)
+    chosen = dict(max_staleness=max_staleness, learning_rates=(learning_rate,), num_updates=num_updates, num_windows=1)
     return {**part, **given, **chosen}

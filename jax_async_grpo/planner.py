@@ -4,13 +4,15 @@ A probe alone cannot place the largest stable learning rate; two anchors can. An
 80 % of the runs still succeed (`scaling.stable_learning_rate`), measured at S = 0 and at one larger staleness S_a. Between and
 a little beyond them the planner takes
 
-    1/η_80(S) = 1/η_80(0) + (X(S)/X(S_a)) · (1/η_80(S_a) − 1/η_80(0)),      X(s) = √MSD(s)/η
+    1/η_80(S) = 1/η_80(0) + (X(S)/X(S_a)) · (1/η_80(S_a) − 1/η_80(0)),      X(s) = √KL(s)
 
-where MSD(s) = E‖θ_t − θ_{t−s}‖² is what a short *probe* at the wanted S measures: what the optimizer itself costs and what lag
-costs add up. A *horizon run* (S = 0, a high learning rate, with the step t_c at which it collapsed) gives the limit of
-over-optimization, η·T = η_hi·t_c, where the reward can be hacked. The form is this project's; it is tested by prediction on
-tasks it has not seen (docs/laws/prediction.md). The rule of arXiv 2607.01083, min{R_batch/(S·G_upd), R_crit/(T·G_upd)}, takes
-drift as ballistic and knows no limit of the optimizer's own.
+where KL(s) is the divergence of the learner from the policy of its stale rollouts at lag s, measured by short *probes* at the
+wanted S and at S_a that share a learning rate: what the optimizer itself costs and what lag costs add up. Where no KL is known,
+the drift of the parameters, √MSD(s) with MSD(s) = E‖θ_t − θ_{t−s}‖², stands in for it; it predicts worse. A *horizon run*
+(S = 0, a high learning rate, with the step t_c at which it collapsed) gives the limit of over-optimization, η·T = η_hi·t_c,
+where the reward can be hacked. The form is this project's; it is tested by prediction on tasks it has not seen
+(docs/laws/second_prediction.md). The rule of arXiv 2607.01083, min{R_batch/(S·G_upd), R_crit/(T·G_upd)}, takes drift as
+ballistic and knows no limit of the optimizer's own.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
 __all__ = ["Anchor", "HorizonRun", "Plan", "Probe", "make_plan"]
 
 STATUSES = ("found", "none", "censored", "ill-defined")
-_MODEL_ERROR = 0.3  # nats; scatter of η_80 about the form, beyond what the anchors' intervals hold
+_MODEL_ERROR = {"policy": 0.35, "parameters": 0.5}  # nats; scatter of η_80 about the form, beyond the anchors' intervals
 _HORIZON_ERROR = 0.14  # nats, of t_c·η
-_NO_ANCHOR_ERROR = 1.2  # nats, of an estimate without anchors
-_SECOND_MOMENT_AT_BOUNDARY = 0.15  # nats² a token: its geometric mean at the boundaries of docs/laws/collapse.md
+_NO_ANCHOR_ERROR = 0.75  # nats, of an estimate without anchors
+_TV_AT_BOUNDARY = 0.5  # total variation of completions, continued in proportion to η: its median over docs/laws/prediction.md
+_LARGEST_TV = 0.25  # of a probe: beyond it total variation no longer grows as η
 _EXTRAPOLATION = 4.0  # times the anchor's S, and times the anchors' T
 _NUM_DRAWS = 4000
 
@@ -86,14 +89,17 @@ class Probe:
       max_staleness: S, updates.
       learning_rate: η of the run.
       drift: {lag: √MSD(lag)}, parameter distance; lags ≥ 1 updates.
-      second_moment: E[(log r)²] of a token of the stale rollouts, nats²; None = not measured.
+      policy_drift: {S: √KL(S)}, KL(π_φ‖π_θ) of the stale rollouts of runs at S ≥ 1 and this η, √nats, of completions or of
+        tokens throughout; empty = not measured. The plan needs the wanted S and that of the larger anchor.
+      total_variation: ½·E|w − 1|, w = π_θ/π_φ of whole completions at S, in (0, 1]; None = not measured.
       clip_radius: drift at which the clipped fraction of tokens reaches the declared level; None = not measured.
     """
 
     max_staleness: int
     learning_rate: float
     drift: dict[int, float]
-    second_moment: float | None = None
+    policy_drift: dict[int, float] = dataclasses.field(default_factory=dict)
+    total_variation: float | None = None
     clip_radius: float | None = None
 
     def __post_init__(self) -> None:
@@ -101,9 +107,12 @@ class Probe:
         as_positive("learning_rate", self.learning_rate)
         if 1 not in self.drift:
             raise ValueError(f"drift of a probe has the lags {sorted(self.drift)}; lag 1, one update, must be among them")
-        for lag, value in self.drift.items():
-            as_integer("lag", lag, minimum=1)
-            as_positive(f"drift at lag {lag}", value)
+        for name, points in (("drift", self.drift), ("policy_drift", self.policy_drift)):
+            for lag, value in points.items():
+                as_integer("lag", lag, minimum=1)
+                as_positive(f"{name} at lag {lag}", value)
+        if self.total_variation is not None:
+            as_fraction("total_variation", self.total_variation, closed=True)
 
     @property
     def update_norm(self) -> float:
@@ -120,13 +129,24 @@ class Probe:
 
     def drift_at(self, lag: float) -> float:
         """√MSD(lag)/η, interpolated in logarithms and continued by the last slope (the first below lag 1)."""
-        lags = np.array(sorted(self.drift), float)
-        values = np.log([self.drift[int(x)] / self.learning_rate for x in lags])
-        if len(lags) == 1:
-            return float(np.exp(values[0]) * lag / lags[0])
-        position = np.clip(np.searchsorted(lags, lag), 1, len(lags) - 1)
-        (x0, x1), (y0, y1) = np.log(lags[position - 1 : position + 1]), values[position - 1 : position + 1]
-        return float(np.exp(y0 + (y1 - y0) * (math.log(lag) - x0) / (x1 - x0)))
+        return _interpolated(self.drift, lag) / self.learning_rate
+
+    def drift_ratio(self, max_staleness: int, anchor_staleness: int) -> tuple[float, str]:
+        """X(S)/X(S_a), and what X is: "policy" where √KL was measured at both, else "parameters"."""
+        kind = "policy" if {max_staleness, anchor_staleness} <= set(self.policy_drift) else "parameters"
+        points = self.policy_drift if kind == "policy" else self.drift
+        return _interpolated(points, max_staleness) / _interpolated(points, anchor_staleness), kind
+
+
+def _interpolated(points: dict[int, float], lag: float) -> float:
+    """Of {lag: value}, linear in logarithms and continued by the slope at the end; proportional to the lag from one point."""
+    lags = np.array(sorted(points), float)
+    values = np.log([points[int(x)] for x in lags])
+    if len(lags) == 1:
+        return float(np.exp(values[0]) * lag / lags[0])
+    position = np.clip(np.searchsorted(lags, lag), 1, len(lags) - 1)
+    (x0, x1), (y0, y1) = np.log(lags[position - 1 : position + 1]), values[position - 1 : position + 1]
+    return float(np.exp(y0 + (y1 - y0) * (math.log(lag) - x0) / (x1 - x0)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,6 +181,7 @@ class Plan:
       optimizer_limit: η_80 at S = 0, whatever ends it there; None without an anchor.
       binding: "staleness", "horizon" or "optimizer", the smallest of the limits; None where there is no number.
       update_norm: G_upd. drift: √MSD(S)/η. drift_exponent: γ/2.
+      drift_measure: what X is, "policy" or "parameters"; None where S is that of an anchor, or without anchors.
       batch_radius: drift at the staleness limit, c; the effective R_batch. clip_radius: the operational one of the probe.
       critical_radius: R_crit = horizon_limit·T·G_upd, or None.
       learning_rate: η asked about, or None; headroom: max_learning_rate/η.
@@ -184,6 +205,7 @@ class Plan:
     update_norm: float | None
     drift: float | None
     drift_exponent: float | None
+    drift_measure: str | None
     batch_radius: float | None
     clip_radius: float | None
     critical_radius: float | None
@@ -215,7 +237,7 @@ def make_plan(
     horizon_run: HorizonRun | None = None,
     learning_rate: float | None = None,
     confidence: float = 0.9,
-    model_error: float = _MODEL_ERROR,
+    model_error: float | None = None,
     extrapolate: bool = False,
     seed: int = 0,
 ) -> Plan:
@@ -228,11 +250,11 @@ def make_plan(
       max_staleness: S wanted, updates.
       horizon: T wanted, updates.
       probe: at the wanted S, or with lags up to it; None is possible where S is 0 or that of an anchor.
-      anchors: at S = 0 and at one larger S; none for an order of magnitude from the probe's second moment.
+      anchors: at S = 0 and at one larger S; none for an order of magnitude from the probe's total variation.
       horizon_run: without it the horizon limit is "not measured".
       learning_rate: η of a launch, for head-room and the S it allows.
       confidence: of the intervals.
-      model_error: nats.
+      model_error: nats; None = 0.35 where X is √KL, 0.5 where it is √MSD (docs/laws/prediction.md).
       extrapolate: allow S and T beyond four times those of the anchors.
       seed: of the draws behind the intervals.
 
@@ -245,7 +267,8 @@ def make_plan(
     """
     max_staleness = as_integer("max_staleness", max_staleness, minimum=0)
     horizon = as_integer("horizon", horizon, minimum=1)
-    confidence, model_error = as_fraction("confidence", confidence), as_positive("model_error", model_error)
+    confidence = as_fraction("confidence", confidence)
+    model_error = None if model_error is None else as_positive("model_error", model_error)
     if learning_rate is not None:
         learning_rate = as_positive("learning_rate", learning_rate)
     wanted = dict(max_staleness=max_staleness, horizon=horizon, confidence=confidence, learning_rate=learning_rate)
@@ -280,7 +303,7 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
         math.log(anchor.learning_rate) + np.r_[0.0, anchor.log_error * rng.standard_normal(_NUM_DRAWS)]
         for anchor in (fresh, stale)
     )
-    ratio = _drift_ratio(probe, S, stale.max_staleness)
+    ratio, kind = _drift_ratio(probe, S, stale.max_staleness)
     lost_to_lag = np.maximum(np.exp(-stale_log) - np.exp(-fresh_log), 0.0)
     notes: list[str] = []
     horizon_limit = _horizon_limit(horizon_run, T, notes)
@@ -291,15 +314,21 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
     with np.errstate(divide="ignore"):
         staleness_limit = 1 / (ratio * lost_to_lag)
     predicted = 1 / (1 / pooled + ratio * lost_to_lag)
+    model_error = _MODEL_ERROR[kind or "policy"] if model_error is None else model_error
     spread = predicted * np.exp(np.r_[0.0, model_error * rng.standard_normal(_NUM_DRAWS)])
     estimate = float(predicted[0])
     limits = {"staleness": float(staleness_limit[0]), "optimizer": fresh.learning_rate}
     if horizon_limit is not None and math.isfinite(horizon_limit):
         limits["horizon"] = horizon_limit
-    if probe is not None and S not in (0, stale.max_staleness) and max(probe.drift) < max(S, stale.max_staleness):
+    if kind == "parameters":
         notes.append(
-            f"drift was measured up to lag {max(probe.drift)} and continued from there to {max(S, stale.max_staleness)}"
+            f"the drift is that of the parameters, not of the policy, which predicts better: it needs the KL at S = {S} and at "
+            f"S = {stale.max_staleness}"
         )
+        if max(probe.drift) < max(S, stale.max_staleness):
+            notes.append(
+                f"drift was measured up to lag {max(probe.drift)} and continued from there to {max(S, stale.max_staleness)}"
+            )
     ran = sorted({fresh.horizon, stale.horizon})
     if ran != [T] and horizon_limit is None:
         notes.append(
@@ -322,6 +351,7 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
         horizon_interval=None if horizon_limit is None else _around(horizon_limit, _HORIZON_ERROR, confidence),
         optimizer_limit=fresh.learning_rate,
         binding=min(limits, key=limits.get),
+        drift_measure=kind,
         batch_radius=c,
         critical_radius=horizon_limit * T * G if horizon_limit is not None and G is not None else None,
         headroom=None if wanted["learning_rate"] is None else estimate / wanted["learning_rate"],
@@ -333,15 +363,20 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
 
 
 def _without_anchors(wanted, measured, probe, horizon_run) -> Plan:
-    """An order of magnitude: √E[(log r)²] grows as η, up to a rough constant at the boundary."""
+    """An order of magnitude: total variation grows as η, up to a rough constant at the boundary."""
     if probe is None:
         raise ValueError("neither anchors nor a probe are given; there is nothing to plan from")
     notes = ["an order of magnitude only: without anchors nothing places the boundary"]
     horizon_limit = _horizon_limit(horizon_run, wanted["horizon"], notes)
-    if probe.second_moment is None or not probe.second_moment > 0:
-        reason = "log r is 0 without lag" if wanted["max_staleness"] == 0 else "the probe has no second moment of log r"
+    if probe.total_variation is None:
+        reason = "r is 1 without lag" if wanted["max_staleness"] == 0 else "the probe has no total variation"
         return _numberless("not planned", wanted, measured, f"there are no anchors, and {reason}")
-    limit = probe.learning_rate * math.sqrt(_SECOND_MOMENT_AT_BOUNDARY / probe.second_moment)
+    if probe.total_variation > _LARGEST_TV:
+        notes.append(
+            f"the probe's total variation {probe.total_variation:.2g} is above {_LARGEST_TV}, where it no longer grows in "
+            "proportion to the learning rate: probe at a lower one"
+        )
+    limit = probe.learning_rate * _TV_AT_BOUNDARY / probe.total_variation
     estimate = limit if horizon_limit is None else min(limit, horizon_limit)
     G = measured["update_norm"]
     return Plan(
@@ -355,6 +390,7 @@ def _without_anchors(wanted, measured, probe, horizon_run) -> Plan:
         horizon_interval=None if horizon_limit is None else _around(horizon_limit, _HORIZON_ERROR, wanted["confidence"]),
         optimizer_limit=None,
         binding="staleness" if estimate == limit else "horizon",
+        drift_measure=None,
         batch_radius=limit * measured["drift"] if measured["drift"] else None,
         critical_radius=None if horizon_limit is None else horizon_limit * wanted["horizon"] * G,
         headroom=None if wanted["learning_rate"] is None else estimate / wanted["learning_rate"],
@@ -369,7 +405,7 @@ def _numberless(status, wanted, measured, note) -> Plan:
     empty = dict.fromkeys(
         (
             "max_learning_rate interval recommended staleness_limit staleness_interval horizon_limit horizon_interval "
-            "optimizer_limit binding batch_radius critical_radius headroom largest_staleness"
+            "optimizer_limit binding drift_measure batch_radius critical_radius headroom largest_staleness"
         ).split()
     )
     return Plan(status=status, notes=(note,), **empty, **wanted, **measured)
@@ -409,11 +445,11 @@ def _checked_anchors(anchors, wanted, probe, extrapolate) -> tuple[Anchor, Ancho
     return fresh, stale
 
 
-def _drift_ratio(probe: Probe | None, max_staleness: int, anchor_staleness: int) -> float:
-    """X(S)/X(S_a)."""
+def _drift_ratio(probe: Probe | None, max_staleness: int, anchor_staleness: int) -> tuple[float, str | None]:
+    """X(S)/X(S_a) and what X is; None where S is that of an anchor."""
     if max_staleness in (0, anchor_staleness):
-        return float(max_staleness > 0)
-    return probe.drift_at(max_staleness) / probe.drift_at(anchor_staleness)
+        return float(max_staleness > 0), None
+    return probe.drift_ratio(max_staleness, anchor_staleness)
 
 
 def _horizon_limit(run: HorizonRun | None, horizon: int, notes: list[str]) -> float | None:
@@ -442,9 +478,6 @@ def _largest_staleness(learning_rate, pooled, lost_to_lag, stale, probe) -> int 
     reach = int(_EXTRAPOLATION * stale.max_staleness)
     if lost_to_lag <= 0 or probe is None:
         return reach if lost_to_lag <= 0 else None
-    allowed = [
-        S
-        for S in range(1, reach + 1)
-        if 1 / (1 / pooled + _drift_ratio(probe, S, stale.max_staleness) * lost_to_lag) >= 2 * learning_rate
-    ]
-    return max(allowed, default=0)
+    points = probe.policy_drift if len(probe.policy_drift) > 1 and stale.max_staleness in probe.policy_drift else probe.drift
+    ratios = {S: _interpolated(points, S) / _interpolated(points, stale.max_staleness) for S in range(1, reach + 1)}
+    return max((S for S, ratio in ratios.items() if 1 / (1 / pooled + ratio * lost_to_lag) >= 2 * learning_rate), default=0)

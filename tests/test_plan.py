@@ -27,10 +27,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RULE = dict(rule={}, level=0.8, confidence=0.9)
 G = 5.0  # planted norm of an update over η
 HALF_GAMMA = 0.6  # planted √MSD(s) = G η s^0.6
+POLICY_GAMMA = 0.4  # planted √KL(s) = 3 η s^0.4, of the policy
 
 
 def drift(learning_rate: float, lag: float) -> float:
     return G * learning_rate * lag**HALF_GAMMA
+
+
+def policy_kl(learning_rate: float, lag: float) -> float:
+    return (3 * learning_rate * lag**POLICY_GAMMA) ** 2
 
 
 def sweep_rows(boundaries: dict[int, float], *, case="c", rates=None, num_updates=400, collapse_at=0.3) -> list[dict]:
@@ -46,7 +51,8 @@ def sweep_rows(boundaries: dict[int, float], *, case="c", rates=None, num_update
             row = dict(kind="cell", case=case, algorithm="a", schedule="fixed", max_staleness=lag, learning_rate=float(rate))
             row |= dict(steps=steps.tolist(), reward=np.tile(curve, (10, 1)).tolist(), seeds=list(range(10)), msd_lags=lags)
             row["msd"] = [[drift(rate, x) ** 2 for x in lags]] * 10
-            row["windows"] = {"off_policy/second_moment": [[0.01]] * 10, "off_policy/ess_ratio": [[0.9]] * 10}
+            means = {"off_policy/kl": policy_kl(rate, lag), "off_policy/tv": min(rate, 1.0), "off_policy/ess_ratio": 0.9}
+            row["windows"] = {name: [[value]] * 10 for name, value in means.items()}
             rows.append(row)
     return rows
 
@@ -69,7 +75,7 @@ def test_anchors_and_probe_of_a_sweep_are_what_was_planted():
     assert 0.16 < fresh.learning_rate < 0.32 and 0.08 < stale.learning_rate < 0.16  # the rates on either side
     made = plan(found)
     np.testing.assert_allclose([made.update_norm, made.drift_exponent], [G, HALF_GAMMA], rtol=1e-6)
-    lost = 4**HALF_GAMMA * (1 / stale.learning_rate - 1 / fresh.learning_rate)
+    lost = 4**POLICY_GAMMA * (1 / stale.learning_rate - 1 / fresh.learning_rate)
     np.testing.assert_allclose(made.max_learning_rate, 1 / (1 / fresh.learning_rate + lost), rtol=1e-6)
     np.testing.assert_allclose(made.batch_radius, made.staleness_limit * G * 32**HALF_GAMMA, rtol=1e-6)
     assert made.status == "bracketed" and not made.notes and found.ess == pytest.approx(0.9)
@@ -132,10 +138,12 @@ def log_rows(boundaries: dict[int, float], probe: int | None = 32, **left_out) -
             for seed in range(4):
                 for step, reward in ((0, 0.4), (200, 0.7), (400, 0.9 if rate < boundary else 0.1)):
                     row = dict(run=f"{lag}/{rate}/{seed}", max_staleness=lag, learning_rate=rate, step=step, reward=reward)
-                    rows.append(row | dict(staleness=lag, update_norm=G * rate, drift=drift(rate, lag) if lag else 0.0))
+                    moved = dict(drift=drift(rate, lag), kl=policy_kl(rate, lag)) if lag else dict(drift=0.0, kl=0.0)
+                    rows.append(row | dict(staleness=lag, update_norm=G * rate) | moved)
     steps = () if probe is None else (probe, probe + 10)
     for step in steps:
-        measured = dict(update_norm=G * 0.02, drift=drift(0.02, probe), staleness=probe, second_moment=0.0125, ess=0.8)
+        measured = dict(update_norm=G * 0.02, drift=drift(0.02, probe), staleness=probe, tv=0.1, ess=0.8)
+        measured["kl"] = policy_kl(0.02, probe)
         rows.append(dict(run="probe", max_staleness=probe, learning_rate=0.02, step=step, **measured))
     return [{key: value for key, value in row.items() if key not in left_out} for row in rows]
 
@@ -166,8 +174,21 @@ def test_a_log_gives_the_planted_plan_in_every_format(tmp_path, name):
     assert 0.16 < fresh.learning_rate < 0.32 and 0.08 < stale.learning_rate < 0.16
     made = plan(found)
     np.testing.assert_allclose([made.update_norm, made.drift_exponent], [G, HALF_GAMMA], rtol=1e-6)
-    lost = 4**HALF_GAMMA * (1 / stale.learning_rate - 1 / fresh.learning_rate)
+    lost = 4**POLICY_GAMMA * (1 / stale.learning_rate - 1 / fresh.learning_rate)
     np.testing.assert_allclose(made.max_learning_rate, 1 / (1 / fresh.learning_rate + lost), rtol=1e-6)
+
+
+def test_a_log_without_kl_is_planned_from_the_parameters(tmp_path):
+    """Both S are needed: without either the drift of the parameters stands in, and the plan says so."""
+    rows = log_rows({0: 0.3, 8: 0.1})
+    for lacks in (lambda row: True, lambda row: row["run"] == "probe"):
+        partial = [{k: v for k, v in row.items() if k != "kl" or not lacks(row)} for row in rows]
+        found = of_log(write_log(tmp_path / "log.csv", partial))
+        lost = 4**HALF_GAMMA * (1 / found.anchors[1].learning_rate - 1 / found.anchors[0].learning_rate)
+        np.testing.assert_allclose(plan(found).max_learning_rate, 1 / (1 / found.anchors[0].learning_rate + lost), rtol=1e-6)
+        assert "no KL was measured at both" in plan_report.text(plan(found), found)
+    found = of_log(write_log(tmp_path / "log.csv", rows))
+    assert found.probe.policy_drift == pytest.approx({8: math.sqrt(policy_kl(0.02, 8)), 32: math.sqrt(policy_kl(0.02, 32))})
 
 
 def test_records_and_logs_of_the_same_runs_agree(tmp_path):
@@ -227,7 +248,7 @@ def test_a_probe_alone_is_an_order_of_magnitude(tmp_path):
         found = of_log(write_log(tmp_path / "log.csv", rows))
         made = plan(found)
         assert made.status == "order of magnitude" and "ORDER OF MAGNITUDE ONLY" in plan_report.text(made, found)
-        assert made.max_learning_rate == pytest.approx(0.04 * math.sqrt(3))  # √E(log r)² may grow to √.15
+        assert made.max_learning_rate == pytest.approx(0.02 * 0.5 / 0.1)  # total variation may grow to one half
     assert any("S = 0 alone" in note for note in made.notes)
 
 
@@ -410,7 +431,7 @@ def test_measuring_finds_anchors_then_the_probe_and_the_horizon_run_they_ask_for
 def test_another_staleness_reuses_the_anchors_and_asks_for_its_probe(measured):
     job, workdir = measured
     found = plan_run.evidence(job, workdir.read_metrics(), 5)
-    assert any("not measured yet: a probe (S = 5" in note for note in found.notes)
+    assert any("not measured yet: probes (S = 3 and 5, eta" in note for note in found.notes)
     assert found.anchors == plan_run.evidence(job, workdir.read_metrics(), 6).anchors
     assert plan_run.evidence(job, workdir.read_metrics(), 3).notes == ()  # an anchor needs no probe
 
@@ -421,7 +442,7 @@ def test_anchors_of_a_sweep_that_has_run_are_reused(measured, tmp_path):
     config.anchors, config.horizon_run.factor = str(workdir.path), 0.0
     job = plan_run.open_job(config.to_dict())
     here = records.open_workdir(tmp_path / "run", plan_run.kept_config(job.config))
-    assert "not measured yet: a probe" in plan_run.evidence(job, here.read_metrics(), 7).notes[-1]
+    assert "not measured yet: probes (S = 3 and 7" in plan_run.evidence(job, here.read_metrics(), 7).notes[-1]
     assert plan_run.evidence(job, [], 3).anchors[1].max_staleness == 3
     with pytest.raises(ValueError, match="config.anchors=.* holds no config.json"):
         plan_run.open_job(config.to_dict() | dict(anchors=str(tmp_path / "none")))
@@ -453,7 +474,7 @@ def test_the_job_plans_from_what_is_there(measured, tmp_path):
     file.write_text("from tests.test_plan import tiny_config as get_config\n")
     here = (f"--config={file}", f"--workdir={workdir.path}")
     code, said, _ = job(*here, "--dry_run")
-    assert code == 0 and "a probe at S = 6, at half" in said and "2 chunks" in said
+    assert code == 0 and "probes at S = 6 and at the larger anchor's S, at half" in said and "2 chunks" in said
     code, said, _ = job(*here, "--learning_rate=0.1")
     assert code == 0 and "S = 6, T = 40 learner" in said and "head-room" in said and (workdir.path / "plan.svg").exists()
     code, said, _ = job(*here, "--measure", "--max_staleness=3", "--horizon=20")

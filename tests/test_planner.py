@@ -61,7 +61,7 @@ def test_intervals_hold_the_anchors_errors_and_the_models():
     assert high / low < 1.01 and low < narrow.max_learning_rate < high
     wide = plan()
     ratio = math.log(wide.interval[1] / wide.interval[0])
-    assert 2 * 1.645 * 0.3 < ratio < 2 * 1.645 * 0.45
+    assert 2 * 1.645 * 0.5 < ratio < 2 * 1.645 * 0.65
     assert plan(confidence=0.5).interval[0] > wide.interval[0]
 
 
@@ -120,10 +120,40 @@ def test_open_intervals_are_less_certain_not_more():
 
 
 def test_without_anchors_it_is_an_order_of_magnitude():
-    made = plan(anchors=(), probe=probe(second_moment=0.0375))
-    np.testing.assert_allclose(made.max_learning_rate, 0.02, rtol=1e-12)  # √E(log r)² may double
-    assert made.status == "order of magnitude" and made.interval[1] / made.interval[0] > 10
+    made = plan(anchors=(), probe=probe(total_variation=0.125))
+    np.testing.assert_allclose(made.max_learning_rate, 0.04, rtol=1e-12)  # total variation may grow to one half
+    assert made.status == "order of magnitude" and made.interval[1] / made.interval[0] > 10 and len(made.notes) == 1
     assert plan(anchors=(), probe=probe()).status == "not planned"
+    beyond = plan(anchors=(), probe=probe(total_variation=0.5))
+    assert beyond.max_learning_rate == 0.01 and "probe at a lower one" in beyond.notes[-1]
+    with pytest.raises(ValueError, match="total_variation=1.5"):
+        probe(total_variation=1.5)
+
+
+@pytest.mark.parametrize("S", [4, 32])
+def test_the_drift_of_the_policy_goes_before_that_of_the_parameters(S):
+    """X(S)/X(S_a) is that of √KL where it is known at both, between the anchors and beyond; the parameters' otherwise."""
+    lost = 1 / 0.04 - 1 / 0.1
+    of_policy = dataclasses.replace(at_lag(S), policy_drift={S: 0.3, 8: 0.2})
+    made = plan(max_staleness=S, probe=of_policy)
+    np.testing.assert_allclose(made.max_learning_rate, 1 / (10 + 1.5 * lost), rtol=1e-12)
+    assert made.drift_measure == "policy" and not any("of the parameters" in note for note in made.notes)
+    half_known = plan(max_staleness=S, probe=dataclasses.replace(of_policy, policy_drift={S: 0.3}))
+    np.testing.assert_allclose(
+        half_known.max_learning_rate, plan(max_staleness=S, probe=at_lag(S)).max_learning_rate, rtol=1e-12
+    )
+    assert half_known.drift_measure == "parameters" and f"S = {S} and at S = 8" in " ".join(half_known.notes)
+    widths = [math.log(one.interval[1] / one.interval[0]) for one in (made, half_known)]
+    assert widths[1] > widths[0]  # what predicts worse says so
+    with pytest.raises(ValueError, match="policy_drift at lag 8"):
+        probe(policy_drift={8: 0.0})
+
+
+def test_the_staleness_a_rate_allows_takes_the_policys_drift_too():
+    """√KL that does not grow with the lag leaves η_80 at the larger anchor's for every S."""
+    flat = dataclasses.replace(probe(), policy_drift={8: 0.2, 32: 0.2})
+    assert plan(learning_rate=0.019, probe=flat).largest_staleness == 32
+    assert plan(learning_rate=0.021, probe=flat).largest_staleness == 0
 
 
 def test_the_staleness_a_learning_rate_allows_inverts_the_plan():

@@ -38,7 +38,6 @@ _KEYS = (
 _CRITERIA = ("median", "p90", "worst", "half_is_stable", "coverage", "without_anchors_median")
 _MEASURES = {  # of the stale rollouts of a probe; each is made proportional to η by its transform
     "tv": ("off_policy/tv", lambda x: x),
-    "sqrt_kl": ("off_policy/kl", lambda x: math.sqrt(max(x, 0.0))),
     "sqrt_second_moment": ("off_policy/second_moment", math.sqrt),
     "sqrt_ess": ("off_policy/ess_ratio", lambda x: 1 / math.sqrt(x) - 1),
 }
@@ -90,6 +89,8 @@ def summary(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], source
         "scores": scores,
         "statuses": _statuses(settings),
         "checks": _checks(judged, scores["all"], config["criteria"], config["sweep"]["level"]),
+        "seen_before": config["seen_before"],
+        "has_ladder": any(name.endswith("_ladder") for name in config["sweep"]["cases"]),
         "num_settings": len(settings),
         "num_judged": len([s for s in judged if s["truth"]["status"] == "found"]),
         "num_apart": len(apart),
@@ -181,29 +182,49 @@ def _settings(rows, config) -> list[dict[str, Any]]:
             truth = boundaries[f"{world}_truth", algorithm, staleness]
             records = [boundaries[f"{world}_anchor", algorithm, s] for s in (0, lag)]
             anchors = tuple(anchor_of_boundary(r, s, config["sweep"]["level"]) for r, s in zip(records, (0, lag), strict=True))
-            cells = {
-                s: groups.get((f"{world}_{algorithm}_{kind}", algorithm, "fixed", s), [None])[0]
-                for s, kind in ((staleness, "probe"), (lag, "near_probe"))
-            }
+            rate = anchors[1].learning_rate
+            far, near = (_probe(groups, world, algorithm, *of, rate) for of in ((staleness, "probe"), (lag, "near_probe")))
+            low = _low_probe(groups, world, algorithm, staleness, config["largest_tv"]) or far
             setting = dict(world=world, algorithm=algorithm, max_staleness=staleness, truth=truth)
-            settings.append(setting | _predictions(anchors, staleness, int(truth["horizon"]), cells[staleness], cells[lag]))
+            settings.append(setting | _predictions(anchors, staleness, int(truth["horizon"]), far, near, low))
     return settings
 
 
-def _predictions(anchors, staleness, horizon, far, near) -> dict[str, Any]:
+def _probe(groups, world, algorithm, staleness, kind, anchor_rate) -> dict[str, Any] | None:
+    """The probe at S at the largest rate up to half of the anchor's: of the world's ladder, or the one derived from it."""
+    ladder = groups.get((f"{world}_ladder", algorithm, "fixed", staleness))
+    if ladder is None:
+        return groups.get((f"{world}_{algorithm}_{kind}", algorithm, "fixed", staleness), [None])[0]
+    low = [cell for cell in ladder if anchor_rate is not None and cell["learning_rate"] <= anchor_rate / 2]
+    return (low or ladder)[-1 if low else 0] if anchor_rate is not None else None
+
+
+def _low_probe(groups, world, algorithm, staleness, largest_tv) -> dict[str, Any] | None:
+    """Of the world's ladder, from the lowest rate upwards, the last probe before total variation exceeds `largest_tv`."""
+    ladder = groups.get((f"{world}_ladder", algorithm, "fixed", staleness), [])
+    calm = list(itertools.takewhile(lambda cell: np.mean(cell["windows"]["off_policy/tv"]) <= largest_tv, ladder))
+    return (calm or ladder or [None])[-1 if calm else 0]
+
+
+def _predictions(anchors, staleness, horizon, far, near, low) -> dict[str, Any]:
     """The plan with and without anchors, and the rivals, of one setting; None where there is no number."""
     words = {anchor.max_staleness: anchor.status for anchor in anchors}
     rates = {anchor.max_staleness: anchor.learning_rate for anchor in anchors}
     result = dict(anchors=words, anchor_rates=rates, plan=None, without_anchors=None, rules={}, probe=None)
+    if low is not None:
+        result["without_anchors"] = _short(
+            planner.make_plan(max_staleness=staleness, horizon=horizon, probe=probe_of_cell(low))
+        )
     if far is None:
         return result
-    probe = probe_of_cell(far, staleness)
+    probe = probe_of_cell(far, [near])
     plan = planner.make_plan(max_staleness=staleness, horizon=horizon, probe=probe, anchors=anchors)
-    alone = planner.make_plan(max_staleness=staleness, horizon=horizon, probe=probe)
-    result |= dict(plan=_short(plan), without_anchors=_short(alone))
-    result |= dict(probe=dict(learning_rate=probe.learning_rate, drift=probe.drift, second_moment=probe.second_moment))
+    result |= dict(
+        plan=_short(plan), probe=dict(learning_rate=probe.learning_rate, drift=probe.drift, policy_drift=probe.policy_drift)
+    )
     if set(words.values()) == {"found"}:
         ratios = {name: _measure(far, *of) / _measure(near, *of) for name, of in _MEASURES.items()}
+        ratios["sqrt_msd"] = probe.drift_at(staleness) / probe.drift_at(anchors[1].max_staleness)
         result["rules"] = {"planner": plan.max_learning_rate} | rivals(anchors, staleness, horizon, ratios)
     return result
 
@@ -286,7 +307,7 @@ def _checks(judged, scores, criteria, level) -> list[dict[str, Any]]:
         value = scores["without_anchors"]["median"]
         checks.append(
             dict(
-                name="median without anchors (a probe placed by one)",
+                name="median without anchors",
                 value=value,
                 limit=criteria["without_anchors_median"],
                 at_most=True,
