@@ -10,7 +10,7 @@ from jax_async_grpo.policies.prefix_tree import PrefixTree, prefix_tree
 from jax_async_grpo.policies.visibility import visibility
 from jax_async_grpo.types import Params, Policy
 
-__all__ = ["completion_logprobs", "token_logprobs"]
+__all__ = ["completion_hidden", "completion_logprobs", "token_logprobs"]
 
 
 def token_logprobs(
@@ -54,15 +54,9 @@ def token_logprobs(
       >>> np.asarray(logprobs).round(3).tolist()
       [[[-1.386, -1.386]]]
     """
-    prompt_valid = _check_prompts(prompts, prompt_mask)
-    _check_tokens("completions", completions, 3)
-    if completions.shape[0] != prompts.shape[0]:
-        raise ValueError(f"completions has {completions.shape[0]} prompts (axis 0), prompts has {prompts.shape[0]}")
+    hidden = completion_hidden(policy, params, prompts, completions, mask, prompt_mask=prompt_mask)
     valid = _as_mask("mask", mask, completions.shape)
     allowed = _check_allowed(allowed, completions.shape[-1])
-
-    before = None if valid is None else valid[..., :-1]
-    hidden = _row_hidden(policy, params, prompts, prompt_valid, completions[..., :-1], before)
     logits = _logits(policy, params, hidden, allowed)  # [B, G, L, V]
     _check_choices(completions, valid, allowed, logits.shape[-1])
     tokens = jnp.asarray(completions) if valid is None else jnp.where(valid, completions, 0)
@@ -74,6 +68,36 @@ def token_logprobs(
         logprobs = own - jax.nn.logsumexp(logits, axis=-1, where=allowed)
         logprobs = jnp.where(allowed[jnp.arange(tokens.shape[-1]), tokens], logprobs, -jnp.inf)
     return logprobs if valid is None else jnp.where(valid, logprobs, jnp.zeros((), logprobs.dtype))
+
+
+def completion_hidden(
+    policy: Policy,
+    params: Params,
+    prompts: jax.Array,
+    completions: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    prompt_mask: jax.Array | None = None,
+) -> jax.Array:
+    """The hidden states that predict every completion token, for a head that never forms all logits (`head.policy_loss`).
+
+    Args:
+      policy, params, prompts, completions, mask, prompt_mask: as in `token_logprobs`.
+
+    Returns:
+      [B, G, L, D]; `hidden[b, g, l] @ policy.unembed(params)` are the logits of token l. Where the mask is False, those of
+      some other token.
+
+    Raises:
+      ValueError: shapes or dtypes that do not match, masks that are not 0/1.
+    """
+    prompt_valid = _check_prompts(prompts, prompt_mask)
+    _check_tokens("completions", completions, 3)
+    if completions.shape[0] != prompts.shape[0]:
+        raise ValueError(f"completions has {completions.shape[0]} prompts (axis 0), prompts has {prompts.shape[0]}")
+    valid = _as_mask("mask", mask, completions.shape)
+    before = None if valid is None else valid[..., :-1]
+    return _row_hidden(policy, params, prompts, prompt_valid, completions[..., :-1], before)
 
 
 def completion_logprobs(

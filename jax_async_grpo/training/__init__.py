@@ -1,0 +1,21 @@
+"""Training of language models on stale rollouts: from a config to a run that can be stopped anywhere and goes on bit for bit."""
+
+from jax_async_grpo.training.run import BadUpdates, Progress, Stopped, Trainer, sizes
+from jax_async_grpo.training.setup import TrainJob, build, describe, validate
+from jax_async_grpo.training.summary import FIGURES, figure, last_line, summary
+
+__all__ = [
+    "FIGURES",
+    "BadUpdates",
+    "Progress",
+    "Stopped",
+    "TrainJob",
+    "Trainer",
+    "build",
+    "describe",
+    "figure",
+    "last_line",
+    "sizes",
+    "summary",
+    "validate",
+]

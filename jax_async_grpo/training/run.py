@@ -1,0 +1,431 @@
+"""The loop of a training run: draw, score, measure, update, record, save; stopped anywhere, it goes on bit for bit.
+
+Records in metrics.jsonl, all functions of the config alone (times are elsewhere): "warm_start" and "start" once, "update" for
+every update t, and before an update, where they are due, "evaluation" and "bias" of that t; the last "evaluation" is at T.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_async_grpo import estimation, head, metrics, policies, records, scaling, staleness, surrogate
+from jax_async_grpo.checkpoint import Checkpoints
+from jax_async_grpo.tasks import FAILURES, TextTask
+from jax_async_grpo.training import pending as pending_lib
+from jax_async_grpo.training.learner import Batch, LearnerState, init_state, learner_step
+from jax_async_grpo.training.mesh import batch_sharding, replicated, tree_shardings
+from jax_async_grpo.training.rollouts import EVALUATION_STREAM, TRAINING_STREAM, Drawer, batch_prompts, drawer
+from jax_async_grpo.training.setup import TrainJob, learning_rate_at
+from jax_async_grpo.training.supervised import supervised
+from jax_async_grpo.types import Params, Rollouts
+
+__all__ = ["BadUpdates", "Progress", "Stopped", "Trainer", "sizes"]
+
+_FEWEST_EVALUATIONS = 3  # before a collapse is looked for
+
+
+class Stopped(Exception):
+    """Asked to stop before there was anything to save."""
+
+
+class BadUpdates(RuntimeError):
+    """More updates in a row than allowed had a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """What a run knows besides its arrays; plain data, saved with every checkpoint.
+
+    Attributes:
+      step: updates done.
+      bad_updates: in a row, up to now. total_bad_updates: in all.
+      total_learning_rate: Σ η_k of the updates done.
+      evaluations: [(step, held-out reward)].
+      previous_ess: of the last bias measurement, or None.
+      failed_samples: {reason: number} of the verifier.
+    """
+
+    step: int = 0
+    bad_updates: int = 0
+    total_bad_updates: int = 0
+    total_learning_rate: float = 0.0
+    evaluations: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    previous_ess: float | None = None
+    failed_samples: dict[str, int] = dataclasses.field(default_factory=lambda: dict.fromkeys(FAILURES, 0))
+
+    def to_plain(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return dataclasses.asdict(self) | {"evaluations": [list(pair) for pair in self.evaluations]}
+
+    @staticmethod
+    def from_plain(plain: dict[str, Any]) -> Progress:
+        """Of `to_plain`."""
+        return Progress(**plain | {"evaluations": [(int(step), reward) for step, reward in plain["evaluations"]]})
+
+
+class Trainer:
+    """A run: its compiled programs, its state, its records.
+
+    Args:
+      job: of `setup.build`.
+      workdir: of `records.open_workdir`; metrics.jsonl is cut back to the checkpoint that a run goes on from.
+      checkpoints: open; nothing is restored from an empty folder.
+      on_row: called with every row as it is made, e.g. for TensorBoard or a progress bar.
+      should_stop: asked between updates, and at the checks of a warm start.
+
+    Raises:
+      Stopped: in the warm start, of which nothing is kept.
+      ValueError: every checkpoint of the workdir is damaged, or they are of another config.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        workdir: records.Workdir,
+        checkpoints: Checkpoints,
+        on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ):
+        self._should_stop = should_stop
+        self.job, self._workdir, self._checkpoints, self._on_row = job, workdir, checkpoints, on_row
+        config = job.config
+        self._key = jax.random.fold_in(jax.random.key(config["seed"]), 1)
+        self._put = functools.partial(jax.device_put, device=batch_sharding(job.mesh))
+        self._rows: list[dict[str, Any]] = []
+        self.pending: dict[int, dict[str, np.ndarray]] = {}
+        self._kept: tuple[int, Rollouts] | None = None  # the batch in use, where it is reused
+        self._draw = self._drawer(config["group_size"], **config["sampling"])
+        evaluation = config["evaluation"]
+        self._draw_evaluation = self._drawer(evaluation["num_samples"], greedy=evaluation["greedy"])
+        self._read = jax.jit(staleness.read)
+        self._logprobs = jax.jit(self._token_logprobs)
+        self._loss = functools.partial(
+            surrogate.sampled_objective,
+            loss_fn=job.learner.loss_fn,
+            advantage_fn=job.learner.advantage_fn,
+            aggregation_fn=job.learner.aggregation_fn,
+        )
+        self.state, self.progress = self._restored() or self._started()
+        self.save()
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        self._step = jax.jit(
+            functools.partial(learner_step, job.learner), donate_argnums=0, out_shardings=(shardings, replicated(job.mesh))
+        )
+
+    def run(self) -> bool:
+        """Updates until T, or until `should_stop`; True if the run is complete. Everything is saved at the end.
+
+        Raises:
+          BadUpdates: `max_bad_updates` in a row; the last good checkpoint is kept.
+          OSError: a record or checkpoint cannot be written; what was written before is whole.
+        """
+        config = self.job.config
+        every = config["checkpoint"]["every"]
+        while self.progress.step < config["num_updates"] and not self._should_stop():
+            self._one_update()
+            if self.progress.step % every == 0 and self.progress.bad_updates == 0:
+                self.save()
+        done = self.progress.step == config["num_updates"]
+        if done and (not self.progress.evaluations or self.progress.evaluations[-1][0] != self.progress.step):
+            self._evaluate()
+        self.save()
+        return done
+
+    def save(self) -> None:
+        """Writes the rows so far and a checkpoint, unless this step is saved."""
+        self._flush()
+        if self.progress.step in self._checkpoints.steps():
+            return
+        score = self.progress.evaluations[-1][1] if self.progress.evaluations else None
+        self._checkpoints.save(self.progress.step, self._arrays(), self.progress.to_plain(), score=score)
+
+    def _one_update(self) -> None:
+        config, t = self.job.config, self.progress.step
+        if t % config["evaluation"]["every"] == 0:
+            self._evaluate()
+        batch = self.job.lag.batch_of(t)
+        behavior = self._behavior(t) if config["replay"] == "params" else None
+        rollouts = self._rollouts_of(batch, behavior)
+        logged = {} if behavior is None else self._of_behavior(behavior, rollouts)
+        if config["bias"]["every"] and t % config["bias"]["every"] == 0:
+            self._measure_bias(batch, behavior, rollouts)
+        self.state, measured = self._step(self.state, Batch(rollouts, self._old_logprobs(rollouts, behavior, t)))
+        self._record(t, {**jax.device_get(measured), **logged})
+
+    def _record(self, t: int, measured: dict[str, Any]) -> None:
+        """The row of an update, and the counts that stop a run."""
+        job, progress = self.job, self.progress
+        eta, lag = learning_rate_at(job, t), job.lag.staleness(t)
+        progress.total_learning_rate += eta
+        row = {"kind": "update", "step": t} | {name: float(value) for name, value in measured.items()}
+        row |= {
+            "staleness/configured": job.config["staleness"]["max"],
+            "lr/current": eta,
+            "lr/s_eta": lag * eta,
+            "lr/t_eta": progress.total_learning_rate,
+        }
+        if job.predicted_limit is not None:
+            row |= {"lr/predicted_max": job.predicted_limit, "lr/headroom": job.predicted_limit / eta}
+        self._write(row)
+        progress.step = t + 1
+        is_bad = not row["update/is_finite"]
+        progress.bad_updates = progress.bad_updates + 1 if is_bad else 0
+        progress.total_bad_updates += is_bad
+        if progress.bad_updates >= job.config["max_bad_updates"]:
+            self._flush()
+            saved = max(self._checkpoints.steps(), default=None)
+            raise BadUpdates(
+                f"{progress.bad_updates} updates in a row, up to step {t}, had a loss or gradient that is not finite: lower "
+                f"optimizer.learning_rate or S" + ("" if saved is None else f"; the last good checkpoint is that of step {saved}")
+            )
+
+    # --- rollouts
+
+    def _behavior(self, t: int) -> Params:
+        behavior, _ = self._read(self.state.train.history, jnp.int32(self.job.lag.staleness(t)))
+        return behavior
+
+    def _rollouts_of(self, batch: int, behavior: Params | None) -> Rollouts:
+        """Of the batch: kept from the update before, drawn from the ring's version, or pending."""
+        if self._kept is not None and self._kept[0] == batch:
+            return self._kept[1]
+        if behavior is not None:
+            rollouts = self._drawn(batch, behavior)
+        else:
+            for ahead in self.job.lag.generated_at(self.progress.step):
+                self.pending[ahead] = pending_lib.fields_of(self._drawn(ahead, self.state.train.params))
+            rollouts = self._placed(batch, self.pending[batch])
+            if self.job.lag.first_step(batch + 1) == self.progress.step + 1:
+                del self.pending[batch]
+        self._kept = (batch, rollouts) if self.job.lag.updates_per_batch > 1 and behavior is not None else None
+        return rollouts
+
+    def _drawn(self, batch: int, behavior: Params) -> Rollouts:
+        rollouts, scores = self._draw(
+            behavior,
+            self.job.train_task,
+            self._prompts(batch),
+            step=self.job.lag.first_step(batch),
+            version=int(self.job.lag.versions[batch]),
+            stream=TRAINING_STREAM,
+            put=self._put,
+        )
+        for reason, number in scores.reasons.items():
+            self.progress.failed_samples[reason] += number
+        return rollouts
+
+    def _placed(self, batch: int, fields: dict[str, np.ndarray]) -> Rollouts:
+        task, rows = self.job.train_task, self._prompts(batch)
+        return Rollouts(
+            prompts=self._put(task.prompts[rows]),
+            prompt_mask=self._put(task.prompt_mask[rows]),
+            **{name: self._put(array) for name, array in fields.items()},
+        )
+
+    def _prompts(self, batch: int) -> np.ndarray:
+        config = self.job.config
+        return batch_prompts(config["seed"], len(self.job.train_task.questions), config["num_prompts"], batch)
+
+    def _old_logprobs(self, rollouts: Rollouts, behavior: Params | None, t: int) -> jax.Array:
+        """The ratio's denominator: as recorded, recomputed under φ, or of the learner when it first saw the batch."""
+        kind = self.job.config["denominator"]
+        if kind == "recorded":
+            return rollouts.behavior_logprobs
+        if kind == "recomputed":
+            return self._logprobs(behavior, rollouts)
+        age = t - self.job.lag.first_step(self.job.lag.batch_of(t))
+        return self._logprobs(self._read(self.state.train.history, jnp.int32(age))[0], rollouts)
+
+    def _token_logprobs(self, params: Params, rollouts: Rollouts) -> jax.Array:
+        policy = self.job.policy
+        hidden = policies.completion_hidden(
+            policy, params, rollouts.prompts, rollouts.completions, rollouts.mask, prompt_mask=rollouts.prompt_mask
+        )
+        return head.token_logprobs(hidden, policy.unembed(params), rollouts.completions, rollouts.mask)
+
+    def _of_behavior(self, behavior: Params, rollouts: Rollouts) -> dict[str, float]:
+        """‖θ − φ‖, and at evaluations how far recomputed log-probs are from the recorded ones."""
+        found = {"drift/from_behavior": metrics.drift(self.state.train.params, behavior)["drift/from_behavior"]}
+        if self.progress.step % self.job.config["evaluation"]["every"] == 0:
+            recomputed = self._logprobs(behavior, rollouts)
+            found |= metrics.logprob_mismatch(rollouts.behavior_logprobs, recomputed, rollouts.mask)
+        return {name: float(value) for name, value in found.items()}
+
+    # --- measurements
+
+    def heldout_reward(self, params: Params, step: int) -> float:
+        """Mean reward of all held-out questions, drawn as the config says, `step` folded in."""
+        task = self.job.heldout_task
+        number = len(task.questions)
+        rows = np.resize(np.arange(number), -(-number // self.job.mesh.size) * self.job.mesh.size)
+        rollouts, _ = self._draw_evaluation(
+            params, task, rows, step=step, version=step, stream=EVALUATION_STREAM, put=self._put
+        )
+        return float(np.mean(np.asarray(rollouts.rewards)[:number]))
+
+    def _evaluate(self) -> None:
+        t = self.progress.step
+        reward = self.heldout_reward(self.state.train.params, t)
+        self.progress.evaluations.append((t, reward))
+        failed = {f"verifier/{reason.replace(' ', '_')}": number for reason, number in self.progress.failed_samples.items()}
+        self._write({"kind": "evaluation", "step": t, "heldout_reward": reward, **failed, **self._collapse()})
+        self._flush()
+
+    def _collapse(self) -> dict[str, float | None]:
+        """Has held-out reward fallen, by the config's rule? NaN-free: the step is None where it has not."""
+        steps, rewards = zip(*self.progress.evaluations, strict=True)
+        if len(steps) <= _FEWEST_EVALUATIONS:
+            return {"collapse/flag": 0, "collapse/step": None}
+        judged = scaling.classify_run(
+            np.array(steps[1:]),
+            np.array(rewards[1:]),
+            start_reward=rewards[0],
+            ceiling=max(1.0, *rewards),
+            rule=scaling.CollapseRule(**self.job.config["rule"]),
+        )
+        fell = judged.outcome == "fall"
+        return {"collapse/flag": int(fell), "collapse/step": float(judged.collapse_step) if fell else None}
+
+    def _measure_bias(self, batch: int, behavior: Params, rollouts: Rollouts) -> None:
+        """δ of this very batch against fresh rollouts with its random numbers (`estimation`)."""
+        job, options = self.job, self.job.config["bias"]
+
+        def sample(params: Params, rows: np.ndarray, key: jax.Array) -> Rollouts:
+            del key  # the run's own, folded by the step: the fresh rollouts share the noise of the stale ones
+            if params is behavior:
+                return rollouts
+            step, version = job.lag.first_step(batch), self.progress.step
+            return self._draw(params, job.train_task, rows, step=step, version=version, stream=TRAINING_STREAM, put=self._put)[0]
+
+        found = estimation.estimate(
+            self._logprobs,
+            sample,
+            self._loss,
+            self.state.train.params,
+            behavior,
+            self._prompts(batch),
+            self._key,
+            num_blocks=options["num_blocks"],
+            previous_ess=self.progress.previous_ess,
+            ess_threshold=options["ess_threshold"],
+        )
+        self.progress.previous_ess = found.ess_ratio
+        row = {"kind": "bias", "step": self.progress.step, "method": found.method, "detected": int(found.detected)}
+        self._write(row | {"ess_ratio": found.ess_ratio, "coupled_fraction": found.coupled_fraction, **found.metrics()})
+
+    # --- start, save, records
+
+    def _drawer(self, group_size: int, **options) -> Drawer:
+        task = self.job.train_task
+        return drawer(
+            self.job.policy,
+            self.job.verifiers,
+            self._key,
+            group_size=group_size,
+            max_length=task.max_length,
+            tokenizer=task.tokenizer,
+            **options,
+        )
+
+    def _started(self) -> tuple[LearnerState, Progress]:
+        """θ_0, warm-started, and an empty record."""
+        config, job = self.job.config, self.job
+        records.truncate_jsonl(self._workdir.path / "metrics.jsonl", lambda row: False)
+        init = jax.jit(job.policy.init, out_shardings=tree_shardings(self._shapes(), job.mesh))
+        params = init(jax.random.fold_in(jax.random.key(config["seed"]), 0))
+        number = sum(leaf.size for leaf in jax.tree.leaves(params))
+        warm = supervised(
+            job.policy,
+            params,
+            job.train_task,
+            functools.partial(self.heldout_reward, step=-1),
+            seed=config["seed"],
+            put=self._put,
+            on_check=self._on_warm_start,
+            **config["warm_start"],
+        )
+        self._write({"kind": "start", "num_parameters": number, "warm_start_updates": warm.num_updates, "reward": warm.reward})
+        return self._init_state(warm.params), Progress()
+
+    def _restored(self) -> tuple[LearnerState, Progress] | None:
+        shapes = jax.eval_shape(self._plain_state, self._shapes())
+        template = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self._shardings(shapes)
+        )
+        found = self._checkpoints.restore({"state": template, "pending": jax.eval_shape(self._packed)})
+        if found is None:
+            if any(self._checkpoints.folder.glob("step_*")):
+                raise ValueError(f"every checkpoint in {self._checkpoints.folder} is damaged; move them away to start afresh")
+            return None
+        self.pending = pending_lib.unpack(found.arrays["pending"])
+        records.truncate_jsonl(self._workdir.path / "metrics.jsonl", lambda row: row.get("step", -1) < found.step or _is_early(row))
+        return found.arrays["state"], Progress.from_plain(found.host)
+
+    def _shapes(self) -> Params:
+        return jax.eval_shape(self.job.policy.init, jax.random.key(0))
+
+    def _init_state(self, params: Params) -> LearnerState:
+        """Where it belongs: optimizer state as the parameters it mirrors, the ring in its kind of memory."""
+        state = self._plain_state(params, memory_kind=self.job.config["ring"]["memory_kind"] or None)
+        return jax.device_put(state, self._shardings(state))
+
+    def _plain_state(self, params: Params, **history_options) -> LearnerState:
+        config = self.job.config
+        capacity = self.job.lag.capacity if config["replay"] == "params" else 1
+        dtype = jnp.dtype(config["ring"]["dtype"]) if config["ring"]["dtype"] else None
+        return init_state(self.job.learner, params, capacity, dtype=dtype, **config["track"], **history_options)
+
+    def _shardings(self, state: LearnerState) -> LearnerState:
+        mesh, memory_kind = self.job.mesh, self.job.config["ring"]["memory_kind"] or None
+        plain = tree_shardings(state, mesh)
+        history = history_shardings(state.train.history, mesh, memory_kind)
+        return plain._replace(train=plain.train._replace(history=history))
+
+    def _on_warm_start(self, step: int, reward: float) -> None:
+        self._write({"kind": "warm_start", "step": step, "heldout_reward": reward})
+        if self._should_stop():
+            raise Stopped("the warm start is not saved and begins again")
+
+    def _arrays(self) -> dict[str, Any]:
+        return {"state": self.state, "pending": self._packed()}
+
+    def _packed(self) -> dict[str, jax.Array]:
+        config = self.job.config
+        shape = (config["num_prompts"], config["group_size"], self.job.train_task.max_length)
+        dtype = np.float64 if config["precision"] == "float64" else np.float32
+        return pending_lib.pack(self.pending, self._num_pending(), shape, dtype)
+
+    def _num_pending(self) -> int:
+        """Slots for rollouts that wait; one, unused, where parameters are replayed."""
+        return max(1, self.job.lag.max_pending) if self.job.config["replay"] == "rollouts" else 1
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        self._on_row(row)
+
+    def _flush(self) -> None:
+        rows, self._rows = self._rows, []
+        self._workdir.append_metrics(rows)
+
+
+def sizes(job: TrainJob) -> tuple[int, int]:
+    """(bytes of the ring, 0 where rollouts are replayed; number of parameters), before anything is allocated."""
+    config, shapes = job.config, jax.eval_shape(job.policy.init, jax.random.key(0))
+    number = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    if config["replay"] == "rollouts":
+        return 0, number
+    dtype = jnp.dtype(config["ring"]["dtype"]) if config["ring"]["dtype"] else None
+    history = jax.eval_shape(functools.partial(staleness.create_history, capacity=job.lag.capacity, dtype=dtype), shapes)
+    return staleness.nbytes(history), number
+
+
+def _is_early(row: dict[str, Any]) -> bool:
+    return row["kind"] in ("warm_start", "start")

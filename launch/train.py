@@ -1,0 +1,65 @@
+"""Trains a language model on stale rollouts, with the staleness bias measured on the way; stopped anywhere, it goes on.
+
+python -m launch.train --config=configs/train_arithmetic.py --workdir=DIR [--config.a.b=v] [--dry_run] [--overwrite]
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from jax_async_grpo import records, training, workdir_lock
+from jax_async_grpo.checkpoint import Checkpoints
+from launch import command_line, training_monitor
+
+flags.adopt_module_key_flags(command_line)  # --help shows them
+
+
+def main() -> int:
+    config = command_line.config_of_job("configs/train_arithmetic.py")
+    training.validate(config)
+    if command_line.DRY_RUN.value:
+        job = training.build(config)
+        print(training.describe(job, *training.sizes(job)))
+        return 0
+    folder = Path(command_line.WORKDIR.value)
+    with workdir_lock.workdir_lock(folder), training_monitor.stop_signals() as stop:
+        workdir = records.open_workdir(
+            folder, config, overwrite=command_line.OVERWRITE.value, figures=(*training.FIGURES, "timing.json")
+        )
+        if command_line.OVERWRITE.value:
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        job = training.build(config)
+        print(training.describe(job, *training.sizes(job)), flush=True)
+        return _train(job, workdir, stop)
+
+
+def _train(job: training.TrainJob, workdir: records.Workdir, stop: training_monitor.Stop) -> int:
+    kept = {name: job.config["checkpoint"][name] for name in ("keep_last", "keep_best")}
+    with Checkpoints(workdir.path / "checkpoints", **kept) as checkpoints, training_monitor.Monitor(job, workdir) as monitor:
+        try:
+            trainer = training.Trainer(job, workdir, checkpoints, monitor.on_row, lambda: bool(stop))
+            monitor.started_at(trainer.progress.step)
+            done = trainer.run()
+        except training.Stopped as error:
+            print(f"stopped: {error}", file=sys.stderr)
+            return stop.code
+        except training.BadUpdates as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    rows = workdir.read_metrics()
+    workdir.write_summary(training.summary(rows, records.versions()))
+    title = f"{job.train_task.name}, S = {job.config['staleness']['max']}, η = {job.config['optimizer']['learning_rate']:g}"
+    written = [workdir.path / "summary.json", *training.figure(rows, workdir.path, title)]
+    if not done:
+        print(f"stopped after update {trainer.progress.step}: all is saved; the same command goes on from there.", file=sys.stderr)
+        return stop.code
+    print(training.last_line(rows), "", *written, sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(main)
