@@ -17,10 +17,12 @@ from jax_async_grpo.masked import as_mask, masked_mean, masked_values
 from jax_async_grpo.staleness import ParamHistory, read
 from jax_async_grpo.types import Params, check_params_alike
 
-__all__ = ["clip_fraction", "drift", "gradient_cosine", "msd", "off_policy"]
+__all__ = ["clip_fraction", "drift", "gradient_cosine", "logprob_mismatch", "logprob_tolerance", "msd", "off_policy"]
 
 # exp(±20) and its square are finite in float32; TRL, verl and others clamp log-ratios at the same value.
 LOG_RATIO_LIMIT = 20.0
+# Spacing of the numbers that a product of matrices multiplies: 10 bits behind the point in TF32, 7 in bfloat16.
+_MATMUL_EPS = {"highest": 0.0, "float32": 0.0, "tensorfloat32": 2.0**-10, "bfloat16": 2.0**-7}
 
 
 def off_policy(
@@ -127,6 +129,64 @@ def clip_fraction(
     }
 
 
+def logprob_mismatch(recorded: jax.Array, recomputed: jax.Array, mask: jax.Array | None = None) -> dict[str, jax.Array]:
+    """How far the log-probs recorded at sampling are from those the learner recomputes with the same parameters.
+
+    * `logprob_mismatch/mean_abs`: mean of |log μ − log μ'| over tokens
+    * `logprob_mismatch/max_abs`: its maximum, to be held against `logprob_tolerance`
+
+    With equal parameters this is rounding, or a fault: other weights, another mask, position or temperature.
+
+    >>> mismatch = logprob_mismatch(jnp.array([[-1.0, -2.0]]), jnp.array([[-1.5, -2.0]]))
+    >>> [f"{value:.2f}" for value in mismatch.values()]
+    ['0.25', '0.50']
+
+    Args:
+      recorded: [..., L] as recorded when the tokens were drawn, nats.
+      recomputed: [..., L] of the same tokens by the same parameters, nats.
+      mask: [..., L] bool or 0/1, None = all valid.
+
+    Returns:
+      dict of scalars; 0 for an empty mask.
+
+    Raises:
+      ValueError: shapes that do not match.
+    """
+    difference, valid = _log_ratio(recorded, recomputed, mask, ("recorded", "recomputed"))
+    return {
+        "logprob_mismatch/mean_abs": masked_mean(jnp.abs(difference), valid),
+        "logprob_mismatch/max_abs": _masked_extreme(jnp.max, jnp.abs(difference), valid, 0.0),
+    }
+
+
+def logprob_tolerance(dtype=jnp.float32, matmul_precision: str = "highest") -> float:
+    """The largest `logprob_mismatch/max_abs` that rounding explains: 80 ε, nats.
+
+    ε is the spacing at 1 of the coarser of two types: the one in which the policy computes, and the one to which its matrix
+    products round what they multiply. Two orders of the same sums, cached and not, leave a logit of size |z| with a relative
+    difference of a few ε: c ε |z|, c ≈ 4, as roundings partly cancel. A log-prob is the difference of a logit and a
+    log-sum-exp, which can both be off, in opposite directions: 2 c ε |z|, 80 ε for logits of up to 10. In float32 that is
+    1e-5, in TF32 0.08, in bfloat16 0.6; the mean over many tokens should lie an order of magnitude below.
+
+    >>> f"{logprob_tolerance():.0e}, {logprob_tolerance(jnp.bfloat16):.1f}, {logprob_tolerance(jnp.float32, 'tensorfloat32'):.2f}"
+    '1e-05, 0.6, 0.08'
+
+    Args:
+      dtype: in which hidden states and logits are computed.
+      matmul_precision: of matrix products: "highest" (or "float32": that of the dtype), "tensorfloat32" (what JAX does with
+        float32 on recent NVIDIA GPUs unless told otherwise), "bfloat16" (on TPUs).
+
+    Returns:
+      nats.
+
+    Raises:
+      ValueError: an unknown precision.
+    """
+    if matmul_precision not in _MATMUL_EPS:
+        raise ValueError(f"matmul_precision is {matmul_precision!r}; it must be one of {', '.join(_MATMUL_EPS)}")
+    return 80 * max(float(jnp.finfo(dtype).eps), _MATMUL_EPS[matmul_precision])
+
+
 def drift(learner_params: Params, behavior_params: Params) -> dict[str, jax.Array]:
     """How far the learner is from the behavior parameters, beside its own size (arXiv 2607.01083, the bound of section 1).
 
@@ -195,13 +255,13 @@ def msd(history: ParamHistory) -> jax.Array:
     return jax.lax.map(at, jnp.arange(history.capacity, dtype=jnp.int32))
 
 
-def _log_ratio(logprobs, behavior_logprobs, mask) -> tuple[jax.Array, jax.Array]:
-    """log π − log μ in at least float32, 0 outside the mask, and the mask."""
-    shape = shape_of("logprobs", logprobs)
+def _log_ratio(logprobs, behavior_logprobs, mask, names=("logprobs", "behavior_logprobs")) -> tuple[jax.Array, jax.Array]:
+    """log π − log μ in at least float32, 0 outside the mask, and the mask; the names are for errors."""
+    shape = shape_of(names[0], logprobs)
     if not shape:
-        raise ValueError("logprobs is a scalar; it must be [..., L], one log-prob per completion token")
-    if shape_of("behavior_logprobs", behavior_logprobs) != shape:
-        raise ValueError(f"behavior_logprobs has shape {jnp.shape(behavior_logprobs)}; it must be that of logprobs, {shape}")
+        raise ValueError(f"{names[0]} is a scalar; it must be [..., L], one log-prob per completion token")
+    if shape_of(names[1], behavior_logprobs) != shape:
+        raise ValueError(f"{names[1]} has shape {jnp.shape(behavior_logprobs)}; it must be that of {names[0]}, {shape}")
     valid = as_mask(mask, shape)
     dtype = jnp.promote_types(jnp.result_type(logprobs, behavior_logprobs), jnp.float32)
     learner, behavior = (masked_values(jnp.asarray(x, dtype), valid) for x in (logprobs, behavior_logprobs))

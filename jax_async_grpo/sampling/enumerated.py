@@ -1,8 +1,4 @@
-"""Groups of completions drawn from a policy, with the log-probs they were really drawn from.
-
-Random numbers fold (consumption step, global prompt id, member): a completion does not depend on which other prompts are in
-the batch, on their order, or on the number of devices.
-"""
+"""Groups drawn from the exact distribution over the completions of an enumerable task."""
 
 from __future__ import annotations
 

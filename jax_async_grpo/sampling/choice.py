@@ -1,0 +1,81 @@
+"""From logits to a token: temperature, truncation, and the Gumbel-max choice with the log-prob of what it chose."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["choose", "log_prob_of", "most_probable", "sampling_logits"]
+
+
+def sampling_logits(
+    logits: jax.Array, *, temperature: float | jax.Array = 1.0, top_k: int | None = None, top_p: float | jax.Array | None = None
+) -> jax.Array:
+    """Logits of the distribution that is sampled from: z/τ, then its top k, then the nucleus of what is left.
+
+    The nucleus is the smallest set of the most probable tokens that carries at least p (Holtzman et al., arXiv 1904.09751). A
+    token that ties with the last one kept is kept too. Without top_p the vocabulary is not sorted.
+
+    Args:
+      logits: [..., V], −inf where a token is not allowed.
+      temperature: τ > 0.
+      top_k: how many tokens may be drawn; None = all.
+      top_p: p in 0..1, exclusive of 0; None = 1.
+
+    Returns:
+      [..., V], −inf outside; not normalized.
+
+    Example:
+      >>> sampling_logits(jnp.log(jnp.array([0.2, 0.5, 0.3])), top_p=0.7).round(2).tolist()
+      [-inf, -0.6899999976158142, -1.2000000476837158]
+    """
+    logits = logits / jnp.asarray(temperature, logits.dtype)
+    if top_k is None and top_p is None:
+        return logits
+    vocab_size = logits.shape[-1]
+    if top_k is None:
+        best = jnp.sort(logits, axis=-1, descending=True)
+    else:
+        best = jax.lax.top_k(logits, min(top_k, vocab_size))[0]
+    threshold = best[..., -1:] if top_p is None else _nucleus_threshold(best, jnp.asarray(top_p, logits.dtype))
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+def choose(logits: jax.Array, exponentials: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """argmax_v z_v + g_v, with g = −log E; so a draw from softmax(z), and the log-prob of the drawn token.
+
+    Written as argmax_v exp(z_v − max z)/E_v: the same order without a second logarithm, and without the rounding of a sum.
+
+    Args:
+      logits: [R, V], −inf where a token cannot be drawn.
+      exponentials: [R, V], standard exponential (`noise.exponential_noise`).
+
+    Returns:
+      (tokens [R] int32, log-probs [R] nats).
+    """
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    tokens = most_probable(weights / exponentials)
+    return tokens, log_prob_of(tokens, logits)
+
+
+def log_prob_of(tokens: jax.Array, logits: jax.Array) -> jax.Array:
+    """log softmax(logits)[R, V] of tokens[R]."""
+    largest = jnp.max(logits, axis=-1)
+    own = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return own - largest - jnp.log(jnp.sum(jnp.exp(logits - largest[:, None]), axis=-1))
+
+
+def most_probable(scores: jax.Array) -> jax.Array:
+    """The first index of the largest of scores[R, V]: argmax as two reductions, several times as fast as XLA's on a CPU."""
+    vocab_size = scores.shape[-1]
+    index = jnp.arange(vocab_size, dtype=jnp.int32)
+    first = jnp.min(jnp.where(scores == jnp.max(scores, axis=-1, keepdims=True), index, vocab_size), axis=-1)
+    return jnp.minimum(first, vocab_size - 1)  # where a NaN leaves no largest one; the log-prob shows it
+
+
+def _nucleus_threshold(best: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The smallest logit in the nucleus of best[..., K], which are sorted, largest first."""
+    probabilities = jax.nn.softmax(best, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    inside = (before < top_p) | (top_p >= 1)  # the sum may round to 1 before the last token
+    return jnp.min(jnp.where(inside, best, jnp.inf), axis=-1, keepdims=True)
