@@ -19,7 +19,7 @@ from jax_async_grpo.tasks.enumeration import enumerate_completions
 from jax_async_grpo.tasks.score_cache import cache_path, default_cache_dir, read_scores, write_scores
 from jax_async_grpo.types import Task
 
-__all__ = ["ANSWERS", "reasoning_gym"]
+__all__ = ["ANSWERS", "check_arguments", "create_dataset", "options_by_dataset", "reasoning_gym"]
 
 ANSWERS = ("", *map(str, range(10)), *(f"{number:02d}" for number in range(100)))
 """The 111 strings of up to two digits, in the order of the task's completions."""
@@ -70,8 +70,8 @@ def reasoning_gym(
       ((4, 111), [0.0, 0.5, 1.0])
     """
     names = (dataset,) if isinstance(dataset, str) else tuple(dataset)
-    _check_arguments(names, num_prompts, prompt_length)
-    options = {dataset: dataset_options} if isinstance(dataset, str) else _options_by_dataset(names, dataset_options)
+    check_arguments(names, num_prompts, prompt_length)
+    options = {dataset: dataset_options} if isinstance(dataset, str) else options_by_dataset(names, dataset_options)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     share, left_over = divmod(num_prompts, len(names))
     scored = []
@@ -91,7 +91,8 @@ def reasoning_gym(
     )
 
 
-def _check_arguments(names: tuple[str, ...], num_prompts: int, prompt_length: int) -> None:
+def check_arguments(names: tuple[str, ...], num_prompts: int, prompt_length: int) -> None:
+    """Raises ValueError on names that are none or repeat, and on numbers that are no integers or too small."""
     if not names or len(set(names)) < len(names):
         raise ValueError(f"dataset={names} must be a name or several different ones")
     for name, value in (("num_prompts", num_prompts), ("prompt_length", prompt_length)):
@@ -103,7 +104,8 @@ def _check_arguments(names: tuple[str, ...], num_prompts: int, prompt_length: in
         raise ValueError(f"prompt_length={prompt_length} must be at least 1")
 
 
-def _options_by_dataset(names: tuple[str, ...], dataset_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def options_by_dataset(names: tuple[str, ...], dataset_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each of several datasets, given as mappings named after them; ValueError on any other."""
     for name, options in dataset_options.items():
         if name not in names or not isinstance(options, Mapping):
             raise ValueError(
@@ -148,12 +150,13 @@ def _scored_questions(
     cached = read_scores(path)
     if cached is not None:
         return cached
-    scored = _score_entries(_create_dataset(name, options, num_prompts, seed), name, num_prompts, prompt_length)
+    scored = _score_entries(create_dataset(name, options, num_prompts, seed), name, num_prompts, prompt_length)
     write_scores(path, scored)
     return scored
 
 
-def _create_dataset(name: str, options: Mapping[str, Any], num_prompts: int, seed: int) -> Any:
+def create_dataset(name: str, options: Mapping[str, Any], num_prompts: int, seed: int) -> Any:
+    """The dataset, with entries enough to choose `num_prompts` from; ImportError or ValueError in one line."""
     try:
         import reasoning_gym as gym
     except ImportError as error:
