@@ -1,4 +1,4 @@
-"""Tasks whose completions can all be enumerated and scored (bandits, digit sums, reasoning-gym questions), and tasks of free text."""
+"""Tasks whose completions can all be enumerated (bandits, digit sums, reasoning-gym questions), and tasks of free text."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def digit_sum(
 
 
 def digit_tokenizer(base: int = 10) -> Tokenizer:
-    """The tokens of `digit_sum`: digits 0..base-1 (letters from 10), the plus sign `base`, the end token `base` + 1, which also pads.
+    """The tokens of `digit_sum`: digits 0..base-1 (letters from 10), the plus sign `base`, and `base` + 1, which ends and pads.
 
     `encode` raises ValueError on any other character; `decode` turns tokens beyond these into U+FFFD.
 
@@ -79,6 +79,8 @@ def digit_tokenizer(base: int = 10) -> Tokenizer:
     alphabet = _DIGITS[:base] + "+"
 
     def encode(text: str) -> np.ndarray:
+        if not set(text) <= set(alphabet):
+            raise ValueError(f"text={text[:40]!r} must consist of {alphabet}")
         return np.array([alphabet.index(character) for character in text], np.int32)
 
     def decode(tokens: np.ndarray) -> str:
@@ -123,7 +125,7 @@ def digit_text(
     Example:
       >>> task = digit_text(num_prompts=2, num_digits=2, base=3)
       >>> task.questions, task.answers, task.verify(0, task.answers[0])
-      (['12+01', '00+12'], ['20', '12'], 1.0)
+      (['01+21', '00+21'], ['22', '21'], 1.0)
     """
     num_pairs = _check_arguments(num_prompts, num_digits, base, variable_length)
     if base**num_digits > _MAX_SUMS:

@@ -43,8 +43,8 @@ def jsonl_task(
       path: the file, UTF-8; empty lines are left out.
       question_key: of the question in a row.
       answer_key: of the answer.
-      bad_rows: "skip" leaves out rows that are no JSON object, lack a text or "####", or whose reference cannot be compared, with
-        one warning that counts them and names the first; "fatal" raises at the first.
+      bad_rows: "skip" leaves out rows that are no JSON object, lack a text or "####", or whose reference cannot be compared,
+        with one warning that counts them and names the first; "fatal" raises at the first.
       num_prompts: M, the first good rows; None for all.
       prompt_length: P, in tokens; of longer questions the last tokens are kept.
       max_length: L, in tokens; longer answers are cut for the warm start.

@@ -1,12 +1,15 @@
 """Final answers in free text: where they stand, exact numbers, and mathematics compared by math-verify behind a gate.
 
-math-verify's plain-text path ends in `sympy.parse_expr`, which evals; only its LaTeX path, a grammar of its own, is used. That
-path still computes what it reads: a tower of powers, or brackets in brackets, keep a machine busy for hours, inside single calls
-that no time limit can end. The gate lets through what ordinary final answers need and bounds its cost.
+math-verify's own readers eval: its plain-text path hands the text to `sympy.parse_expr`, its LaTeX path the digits of every
+number. Here its LaTeX grammar reads, with numbers built from their digits, and its `verify` compares. That still computes what
+it reads: a tower of powers, or brackets in brackets, keep a machine busy for hours, partly inside single calls that no time
+limit can end. The gate lets through what ordinary final answers need and bounds its cost.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import logging
 import math
 import re
@@ -125,13 +128,13 @@ def math_verifier(reference: str) -> Callable[[str], float]:
     if number is not None:
         return lambda text: float(read_number(final_answer(text)) == number)
     latex = _strip(reference)
-    parsed = _parse(latex) if is_readable(latex) else []
-    if not parsed:
+    parsed = _parse(latex)
+    if parsed is None:
         raise ValueError(f"reference={reference[:80]!r} is neither a plain number nor mathematics that can be compared safely")
 
     def verify(text: str) -> float:
-        answer = _strip(final_answer(text))
-        return float(is_readable(answer) and _math_verify().verify(parsed, _parse(answer), timeout_seconds=None))
+        answer = _parse(_strip(final_answer(text)))
+        return 0.0 if answer is None else float(_import("math_verify").verify(parsed, answer, timeout_seconds=None))
 
     return verify
 
@@ -140,18 +143,41 @@ def _strip(text: str) -> str:
     return text.strip().removesuffix(".").strip("$").strip()
 
 
-def _math_verify() -> Any:
+@functools.cache
+def _converter() -> type:
+    """math-verify's LaTeX grammar with numbers built from their digits: the library's own come from `sympify`, which evals."""
+    latex2sympy, sympy = _import("latex2sympy2_extended.latex2sympy2"), _import("sympy")
+
+    class Converter(latex2sympy._Latex2Sympy):
+        def parse_number(self, text: str) -> Any:
+            text = text.replace(",", "")
+            if not re.fullmatch(r"\d+|\d*\.\d+", text):  # no exponents: 1E999999999 is an integer of a gigabyte
+                raise ValueError(f"{text} is no plain number")
+            return sympy.Rational(text)
+
+    return Converter
+
+
+def _import(name: str) -> Any:
     try:
-        import math_verify
+        return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"{_INSTALL} ({error})") from error
-    # It warns of the time limits that are switched off here, and reports what it cannot read.
+
+
+def _parse(text: str) -> Any:
+    """A sympy object, None where the gate or the grammar says no."""
+    number = read_number(text)
+    if number is not None:
+        return _import("sympy").Rational(number.numerator, number.denominator)
+    if not is_readable(text):
+        return None
+    library, converter = _import("math_verify"), _converter()
+    # It warns of the time limits that are switched off here: they are signals, which exist in the main thread alone, and
+    # `verification.Verifiers` has a limit of its own.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    return math_verify
-
-
-def _parse(latex: str) -> list[Any]:
-    library = _math_verify()
-    config = [library.LatexExtractionConfig(boxed_match_priority=-1)]
-    # Its own time limits are signals, which exist in the main thread alone: `verification.Verifiers` has the limit.
-    return library.parse(f"${latex}$", config, fallback_mode="no_fallback", parsing_timeout=None)
+    try:
+        latex = library.parser.normalize_latex(text, library.LatexExtractionConfig().normalization_config)
+        return converter(is_real=not library.grader.should_treat_as_complex(latex)).parse(latex)
+    except Exception:  # the grammar and sympy refuse what they cannot read in any way they like
+        return None

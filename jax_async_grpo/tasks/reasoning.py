@@ -19,12 +19,13 @@ from jax_async_grpo.tasks.enumeration import enumerate_completions
 from jax_async_grpo.tasks.score_cache import cache_path, default_cache_dir, read_scores, write_scores
 from jax_async_grpo.types import Task
 
-__all__ = ["ANSWERS", "check_arguments", "create_dataset", "options_by_dataset", "reasoning_gym"]
+__all__ = ["ANSWERS", "ENTRIES_PER_PROMPT", "check_arguments", "create_dataset", "options_by_dataset", "reasoning_gym"]
 
 ANSWERS = ("", *map(str, range(10)), *(f"{number:02d}" for number in range(100)))
 """The 111 strings of up to two digits, in the order of the task's completions."""
 
-_ENTRIES_PER_PROMPT = 100  # a dataset of which fewer entries than one in so many fit is refused
+ENTRIES_PER_PROMPT = 100
+"""A dataset of which fewer entries than one in so many fit is refused."""
 _FORMAT = 1  # of the cached scores; raise it when their meaning changes
 _INSTALL = 'reasoning-gym is needed for these questions: pip install "jax-async-grpo[tasks]", or make demo in a clone'
 
@@ -172,7 +173,7 @@ def create_dataset(name: str, options: Mapping[str, Any], num_prompts: int, seed
                 f"{option}={options[option]!r} is not an option of dataset {name!r}: allowed are {', '.join(allowed)}"
             )
     try:
-        return gym.create_dataset(name, seed=seed, size=_ENTRIES_PER_PROMPT * (num_prompts + 1), **options)
+        return gym.create_dataset(name, seed=seed, size=ENTRIES_PER_PROMPT * (num_prompts + 1), **options)
     except (AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"dataset {name!r} refuses its options {dict(options)}: {reason}") from error
@@ -188,7 +189,7 @@ def _score_entries(data: Any, name: str, num_prompts: int, prompt_length: int) -
     failures: list[Exception] = []
     index = 0
     while len(kept) < num_prompts:
-        if index >= _ENTRIES_PER_PROMPT * (len(kept) + 1):
+        if index >= ENTRIES_PER_PROMPT * (len(kept) + 1):
             options = ", ".join(_option_names(type(data.config)))
             cause = f" (score_answer raised {failures[-1]!r})" if failures else ""
             raise ValueError(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from jax_async_grpo.tasks.reasoning import check_arguments, create_dataset, options_by_dataset
+from jax_async_grpo.tasks.reasoning import ENTRIES_PER_PROMPT, check_arguments, create_dataset, options_by_dataset
 from jax_async_grpo.tasks.text import TextTask, make_text_task
 from jax_async_grpo.tasks.tokenizers import Tokenizer, character_tokenizer
 
@@ -70,6 +69,8 @@ def reasoning_text(
     """
     names = (dataset,) if isinstance(dataset, str) else tuple(dataset)
     check_arguments(names, num_prompts, prompt_length)
+    if isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1:
+        raise ValueError(f"max_length={max_length!r} must be an integer of at least 1")
     for name in names:
         if name in REFUSED:
             raise ValueError(f"dataset={name!r} is refused for free text: {REFUSED[name]}")
@@ -100,19 +101,18 @@ def reasoning_text(
 def _entries_that_fit(data: Any, name: str, num_prompts: int, tokenizer: Tokenizer, max_length: int) -> list[dict[str, Any]]:
     """The first entries with a question of their own and an answer that a completion can hold."""
     kept: dict[str, dict[str, Any]] = {}
-    longest = 0
-    # As many as there are in a fresh dataset of that size: a hundred for each prompt and a hundred more.
-    for index in itertools.count():
-        if len(kept) == num_prompts:
-            return list(kept.values())
-        if index >= 100 * (len(kept) + 1):
+    longest = index = 0
+    while len(kept) < num_prompts:
+        if index >= ENTRIES_PER_PROMPT * (len(kept) + 1):
             raise ValueError(
                 f"dataset={name!r} has {len(kept)} different questions with answers of up to max_length={max_length} tokens in "
-                f"the first {index} (answers have up to {longest}), num_prompts={num_prompts} are needed: raise max_length, lower "
-                f"num_prompts or change its options"
+                f"the first {index} (answers have up to {longest}), num_prompts={num_prompts} are needed: raise "
+                f"max_length, lower num_prompts or change its options"
             )
         entry = data[index]
         length = len(tokenizer.encode(str(entry["answer"])))
         longest = max(longest, length)
         if 0 < length <= max_length:
             kept.setdefault(entry["question"], entry)
+        index += 1
+    return list(kept.values())

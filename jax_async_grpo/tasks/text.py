@@ -103,8 +103,8 @@ def make_text_task(
 ) -> TextTask:
     """A `TextTask` from texts, checked at the door.
 
-    A prompt keeps the *last* `prompt_length` tokens of its question (what is asked tends to stand at the end); an answer of more
-    than `max_length` tokens keeps the first ones and has no end token. Each is counted in one warning.
+    A prompt keeps the *last* `prompt_length` tokens of its question (what is asked tends to stand at the end); an answer of
+    more than `max_length` tokens keeps the first ones and has no end token. Each is counted in one warning.
 
     Args:
       name: what records and tables call it.

@@ -107,7 +107,8 @@ class Verifiers:
         rows, completions, mask = np.asarray(prompt_indices), np.asarray(completions), np.asarray(mask, bool)
         if completions.ndim != 3 or mask.shape != completions.shape or rows.shape != completions.shape[:1]:
             raise ValueError(
-                f"completions and mask must be [B, G, L] and prompt_indices [B], got {completions.shape}, {mask.shape}, {rows.shape}"
+                f"completions and mask must be [B, G, L] and prompt_indices [B], got {completions.shape}, {mask.shape} and "
+                f"{rows.shape}"
             )
         if len(rows) and not 0 <= rows.min() <= rows.max() < len(task.questions):
             raise ValueError(f"prompt_indices must be in 0..{len(task.questions) - 1}, got {rows.min()}..{rows.max()}")
@@ -174,7 +175,8 @@ class Verifiers:
             if self.num_hanging > self._max_hanging:
                 raise RuntimeError(
                     f"{self.num_hanging} verifications of {task.name} hang past time_limit={self._time_limit:g} s, more than "
-                    f"max_hanging={self._max_hanging}: mend the verifier or raise the limit; the last text was {sample.text[:80]!r}"
+                    f"max_hanging={self._max_hanging}: mend the verifier or raise the limit; the last text was "
+                    f"{sample.text[:80]!r}"
                 )
             if waiting:
                 start()
