@@ -19,12 +19,13 @@ from jax_async_grpo.tasks.enumeration import enumerate_completions
 from jax_async_grpo.tasks.score_cache import cache_path, default_cache_dir, read_scores, write_scores
 from jax_async_grpo.types import Task
 
-__all__ = ["ANSWERS", "reasoning_gym"]
+__all__ = ["ANSWERS", "ENTRIES_PER_PROMPT", "check_arguments", "create_dataset", "options_by_dataset", "reasoning_gym"]
 
 ANSWERS = ("", *map(str, range(10)), *(f"{number:02d}" for number in range(100)))
 """The 111 strings of up to two digits, in the order of the task's completions."""
 
-_ENTRIES_PER_PROMPT = 100  # a dataset of which fewer entries than one in so many fit is refused
+ENTRIES_PER_PROMPT = 100
+"""A dataset of which fewer entries than one in so many fit is refused."""
 _FORMAT = 1  # of the cached scores; raise it when their meaning changes
 _INSTALL = 'reasoning-gym is needed for these questions: pip install "jax-async-grpo[tasks]", or make demo in a clone'
 
@@ -70,8 +71,8 @@ def reasoning_gym(
       ((4, 111), [0.0, 0.5, 1.0])
     """
     names = (dataset,) if isinstance(dataset, str) else tuple(dataset)
-    _check_arguments(names, num_prompts, prompt_length)
-    options = {dataset: dataset_options} if isinstance(dataset, str) else _options_by_dataset(names, dataset_options)
+    check_arguments(names, num_prompts, prompt_length)
+    options = {dataset: dataset_options} if isinstance(dataset, str) else options_by_dataset(names, dataset_options)
     folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     share, left_over = divmod(num_prompts, len(names))
     scored = []
@@ -91,7 +92,8 @@ def reasoning_gym(
     )
 
 
-def _check_arguments(names: tuple[str, ...], num_prompts: int, prompt_length: int) -> None:
+def check_arguments(names: tuple[str, ...], num_prompts: int, prompt_length: int) -> None:
+    """Raises ValueError on names that are none or repeat, and on numbers that are no integers or too small."""
     if not names or len(set(names)) < len(names):
         raise ValueError(f"dataset={names} must be a name or several different ones")
     for name, value in (("num_prompts", num_prompts), ("prompt_length", prompt_length)):
@@ -103,7 +105,8 @@ def _check_arguments(names: tuple[str, ...], num_prompts: int, prompt_length: in
         raise ValueError(f"prompt_length={prompt_length} must be at least 1")
 
 
-def _options_by_dataset(names: tuple[str, ...], dataset_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def options_by_dataset(names: tuple[str, ...], dataset_options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The options of each of several datasets, given as mappings named after them; ValueError on any other."""
     for name, options in dataset_options.items():
         if name not in names or not isinstance(options, Mapping):
             raise ValueError(
@@ -148,12 +151,13 @@ def _scored_questions(
     cached = read_scores(path)
     if cached is not None:
         return cached
-    scored = _score_entries(_create_dataset(name, options, num_prompts, seed), name, num_prompts, prompt_length)
+    scored = _score_entries(create_dataset(name, options, num_prompts, seed), name, num_prompts, prompt_length)
     write_scores(path, scored)
     return scored
 
 
-def _create_dataset(name: str, options: Mapping[str, Any], num_prompts: int, seed: int) -> Any:
+def create_dataset(name: str, options: Mapping[str, Any], num_prompts: int, seed: int) -> Any:
+    """The dataset, with entries enough to choose `num_prompts` from; ImportError or ValueError in one line."""
     try:
         import reasoning_gym as gym
     except ImportError as error:
@@ -169,7 +173,7 @@ def _create_dataset(name: str, options: Mapping[str, Any], num_prompts: int, see
                 f"{option}={options[option]!r} is not an option of dataset {name!r}: allowed are {', '.join(allowed)}"
             )
     try:
-        return gym.create_dataset(name, seed=seed, size=_ENTRIES_PER_PROMPT * (num_prompts + 1), **options)
+        return gym.create_dataset(name, seed=seed, size=ENTRIES_PER_PROMPT * (num_prompts + 1), **options)
     except (AssertionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"dataset {name!r} refuses its options {dict(options)}: {reason}") from error
@@ -185,7 +189,7 @@ def _score_entries(data: Any, name: str, num_prompts: int, prompt_length: int) -
     failures: list[Exception] = []
     index = 0
     while len(kept) < num_prompts:
-        if index >= _ENTRIES_PER_PROMPT * (len(kept) + 1):
+        if index >= ENTRIES_PER_PROMPT * (len(kept) + 1):
             options = ", ".join(_option_names(type(data.config)))
             cause = f" (score_answer raised {failures[-1]!r})" if failures else ""
             raise ValueError(
