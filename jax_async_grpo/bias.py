@@ -3,6 +3,7 @@
 Everything here takes the surrogate gradient as a function `gradient_fn(learner_params, behavior_params) -> pytree`, the H of
 arXiv 2607.01083; `exact.surrogate_gradient` is one, a user's own is another. δ compares stale rollouts with the
 fresh-rollout counterfactual, the gradient the same learner would have had from rollouts of its own parameters.
+Where H cannot be computed, `estimate` (of `estimation`) measures δ from sampled rollouts of any model.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jax_async_grpo.estimation import BiasEstimate, estimate
 from jax_async_grpo.types import Params, check_params_alike
 
 __all__ = [
     "ROLES",
+    "BiasEstimate",
     "BiasParts",
     "FirstOrderError",
     "SurrogateBias",
     "check_derivative",
     "check_first_order",
     "decompose",
+    "estimate",
     "first_order_bias",
     "role_jvps",
     "shapley_share",
