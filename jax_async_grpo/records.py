@@ -3,7 +3,7 @@
 *Whole files* are written to a temporary neighbor, synced and renamed over the old one, so that a reader sees the old file or
 the new one. *metrics.jsonl* grows by appending: rows that are there are never written again and so cannot be lost, a write
 that fails is taken back, and the torn last line that a power cut can leave is skipped by the reader, with a warning, and
-removed by the next append.
+removed by the next append. `truncate_jsonl` cuts it back to a checkpoint.
 
 The JSON is strict: no NaN token. Floats that are not finite become the strings "NaN", "Infinity" and "-Infinity", as in the
 JSON mapping of protocol buffers, because null would not tell an infinite limit from a failed measurement; the readers here turn
@@ -20,7 +20,7 @@ import math
 import os
 import platform
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "read_json",
     "read_jsonl",
     "to_plain",
+    "truncate_jsonl",
     "versions",
     "write_json",
     "write_text",
@@ -163,6 +164,39 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     return rows
 
 
+def truncate_jsonl(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
+    """Cuts `path` before the first row that `keep` refuses, and returns how many rows went; 0 if there is no file.
+
+    For a run that goes on from a checkpoint: rows written after it was taken come again. The file is shortened in one step, the
+    rows that stay are not touched. A torn last line goes too, with a warning, and does not count.
+
+    Args:
+      path: what `append_jsonl` wrote.
+      keep: is called with one row after the other, as `read_jsonl` returns them, until it returns False.
+
+    Raises:
+      ValueError: a line before the cut is not JSON; the file is as it was.
+    """
+    if not os.path.exists(path):
+        return 0
+    with open(path, "rb+", buffering=0) as file:
+        lines = file.readall().splitlines(keepends=True)
+        if lines and not lines[-1].endswith(b"\n") and not _is_json(lines[-1]):
+            warnings.warn(f"{path}: the last line is cut off ({len(lines.pop())} bytes) and was removed", stacklevel=2)
+        kept = 0
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = _restored(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}:{number} is not JSON ({error})") from None
+            if not keep(row):
+                break
+            kept = number
+        file.truncate(sum(map(len, lines[:kept])))
+        os.fsync(file.fileno())
+    return len(lines) - kept
+
+
 @dataclasses.dataclass(frozen=True)
 class Workdir:
     """The folder of one run, opened by `open_workdir`.
@@ -198,6 +232,10 @@ class Workdir:
                 advice = "delete it, or pass --overwrite or another --workdir"
                 raise ValueError(f"{self.path / name}: line {number} is no record of a job; {advice}")
         return rows
+
+    def truncate_rows(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> int:
+        """Cuts a JSONL file of the folder before the first row that `keep` refuses; returns how many rows went."""
+        return truncate_jsonl(self.path / name, keep)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces summary.json."""

@@ -305,3 +305,56 @@ def test_versions():
     assert versions["platform"] == jax.default_backend() and versions["num_devices"] == jax.device_count()
     assert all(value is not None for value in versions.values())
     json.dumps(records.to_plain(versions), allow_nan=False)
+
+
+# Cutting back to a checkpoint.
+
+
+def test_rows_behind_the_first_refused_one_go_and_those_before_are_untouched(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records.append_jsonl(path, [{"step": step, "x": math.nan if step == 1 else 0.1} for step in (0, 1, 2, 1)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    seen = []
+
+    def keep(row):
+        seen.append(row["x"])
+        return row["step"] < 2
+
+    assert records.truncate_jsonl(path, keep) == 2  # the last row would be kept, but stands behind one that is not
+    assert path.read_bytes() == b"".join(lines[:2])
+    assert math.isnan(seen[1]) and len(seen) == 3
+    assert records.truncate_jsonl(path, keep) == 0
+    records.append_jsonl(path, [{"step": 2, "x": 0.1}])
+    assert path.read_bytes() == b"".join(lines[:3])
+    assert records.truncate_jsonl(path, lambda row: False) == 3
+    assert path.read_bytes() == b""
+    assert records.truncate_jsonl(tmp_path / "none.jsonl", keep) == 0 and not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_torn_tail_goes_aloud_and_a_tail_without_line_end_is_a_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1}\n{"ste')
+    with pytest.warns(UserWarning, match=r"metrics.jsonl: the last line is cut off \(5 bytes\) and was removed"):
+        assert records.truncate_jsonl(path, lambda row: row["step"] < 1) == 1
+    assert path.read_bytes() == b'{"step": 0}\n'
+    path.write_bytes(b'{"step": 0}\n{"step": 1}')
+    assert records.truncate_jsonl(path, lambda row: True) == 0
+    assert path.read_bytes() == b'{"step": 0}\n{"step": 1}'
+    assert records.truncate_jsonl(path, lambda row: row["step"] < 1) == 1
+    assert path.read_bytes() == b'{"step": 0}\n'
+
+
+def test_damage_before_the_cut_is_an_error_and_nothing_is_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\nrubbish\n{"step": 1}\n')
+    with pytest.raises(ValueError, match="metrics.jsonl:2 is not JSON"):
+        records.truncate_jsonl(path, lambda row: row["step"] < 1)
+    assert path.read_bytes() == b'{"step": 0}\nrubbish\n{"step": 1}\n'
+    assert records.truncate_jsonl(path, lambda row: False) == 3  # behind the cut it does not matter
+
+
+def test_a_workdir_cuts_its_own_rows(tmp_path):
+    workdir = records.open_workdir(tmp_path, {"a": 1})
+    workdir.append_metrics([{"kind": "train", "step": step} for step in range(4)])
+    assert workdir.truncate_rows("metrics.jsonl", lambda row: row["step"] <= 1) == 2
+    assert [row["step"] for row in workdir.read_metrics()] == [0, 1]
