@@ -22,8 +22,8 @@ __all__ = ["Cache", "attend", "empty_cache", "heads_of", "reserve", "rms_norm", 
 class Cache:
     """What the tokens written so far left for later ones. A pytree of arrays: carry it through loops, donate it.
 
-    A layer's keys [R, K, C, h] are what its two products read as they stand: no transposes. A tuple with one array a layer keeps
-    a layer from being sliced out of all of them; `scan_layers` needs them stacked, [layers, R, K, C, h].
+    A layer's keys [R, K, C, h] are what its two products read as they stand: no transposes. A tuple with one array a layer
+    keeps a layer from being sliced out of all of them; `scan_layers` needs them stacked, [layers, R, K, C, h].
 
     Attributes:
       keys: already turned by their positions.
@@ -56,8 +56,8 @@ def reserve(cache: Cache, segment_ids: jax.Array) -> tuple[Cache, jax.Array, jax
       segment_ids: [R, N] int32 of the new tokens.
 
     Returns:
-      The cache with the slots taken; sees [R, N, C] bool, by the rule of `visibility`; positions [R, N] int32, the number of valid
-      tokens before each one.
+      The cache with the slots taken; sees [R, N, C] bool, by the rule of `visibility`; positions [R, N] int32, the number of
+      valid tokens before each one.
     """
     valid = segment_ids != 0
     before = jnp.sum(cache.segment_ids != 0, axis=-1, keepdims=True, dtype=jnp.int32)
@@ -76,7 +76,8 @@ def store(buffer, new: jax.Array, start: jax.Array, layer) -> tuple:
     if isinstance(buffer, tuple):
         own = jax.lax.dynamic_update_slice_in_dim(buffer[layer], new, start, axis=2)
         return (*buffer[:layer], own, *buffer[layer + 1 :]), own
-    buffer = jax.lax.dynamic_update_slice(buffer, new[None], (layer, 0, 0, start, 0))
+    zero = jnp.zeros_like(start)
+    buffer = jax.lax.dynamic_update_slice(buffer, new[None], (layer, zero, zero, start, zero))
     return buffer, jax.lax.dynamic_index_in_dim(buffer, layer, keepdims=False)
 
 
@@ -95,11 +96,13 @@ def heads_of(
       epsilon: of the norms.
     """
     q = _split(_project(x[..., -num_queries:, :], weights, "query"), head_dim)
-    k, v = (_split(y, head_dim) for y in jnp.split(_project(x, weights, "key_value"), 2, axis=-1))
     if "query_norm" in weights:
-        q, k = rms_norm(q, weights["query_norm"], epsilon), rms_norm(k, weights["key_norm"], epsilon)
-    q = rotate(q * head_dim**-0.5, tuple(table[..., -num_queries:, :] for table in tables))
-    return q, rotate(k, tables), v
+        q = rms_norm(q, weights["query_norm"], epsilon)
+    q = q * head_dim**-0.5
+    k, v = (_split(y, head_dim) for y in jnp.split(_project(x, weights, "key_value"), 2, axis=-1))
+    if "key_norm" in weights:
+        k = rms_norm(k, weights["key_norm"], epsilon)
+    return rotate(q, tuple(table[..., -num_queries:, :] for table in tables)), rotate(k, tables), v
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, sees: jax.Array) -> jax.Array:
@@ -116,10 +119,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, sees: jax.Array) -> jax.Arr
     """
     grouped = (*k.shape[:-2], -1, q.shape[-1])
     wide = jnp.promote_types(q.dtype, jnp.float32)
+    sees = sees[..., None, :, :]
     scores = jnp.matmul(q.reshape(grouped), jnp.swapaxes(k, -1, -2), preferred_element_type=wide)
     per_head = scores.reshape(*q.shape[:-1], k.shape[-2])
     # Finite, so that a token that sees nothing gives no NaN.
-    per_head = jnp.where(sees[..., None, :, :], per_head, jnp.finfo(wide).min)
+    per_head = jnp.where(sees, per_head, jnp.finfo(wide).min)
     mixed = jax.nn.softmax(per_head, axis=-1).astype(v.dtype).reshape(scores.shape) @ v
     mixed = jnp.swapaxes(mixed.reshape(q.shape), -2, -3)
     return mixed.reshape(*mixed.shape[:-2], -1)

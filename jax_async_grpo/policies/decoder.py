@@ -51,19 +51,19 @@ def decoder(
       mlp_width: hidden width of the SwiGLU; None = 8/3 · width rounded up to a multiple of 8.
       tie_embeddings: use the transposed token embedding as the output matrix.
       rope_base: base of the rotary wavelengths, in tokens / 2π.
-      rope_scaling: None, or dict(factor, low_frequency_factor, high_frequency_factor, original_length) as in Llama 3.1; the rule
-        stands in `rope.rotation`.
+      rope_scaling: None, or dict(factor, low_frequency_factor, high_frequency_factor, original_length) as in Llama 3.1; the
+        rule stands in `rope.rotation`.
       norm_epsilon: added to the mean square in RMSNorm.
       qkv_bias: add a bias to queries, keys and values (as Qwen 2 does); zero at first.
       qk_norm: RMSNorm of every query and key head before it is turned (as Qwen 3 does).
       remat: compute each layer again in the backward pass instead of keeping what it computed.
-      scan_layers: stack the parameters of the layers, params["layers"], and compile one layer instead of num_layers. The same key
-        gives the same weights. Decoding is slower so (each layer's parameters and cache are sliced out of the stack), and
-        `tail` saves nothing.
+      scan_layers: stack the parameters of the layers, params["layers"], and compile one layer instead of num_layers. The same
+        key gives the same weights. Each layer's parameters and cache are then sliced out of the stack, which a decoded token
+        pays for, and `tail` saves nothing.
       dtype: of the initial parameters.
-      compute_dtype: of products, residual stream, hidden states and cache, to which parameters are cast where they are used (their
-        gradients keep their own dtype); None = the dtype of the parameters. Norms, rotary angles, scores and softmax are
-        float32 or wider. `unembed` gives the parameters as they are, so that logits have their precision.
+      compute_dtype: of products, residual stream, hidden states and cache, to which parameters are cast where they are used
+        (their gradients keep their own dtype); None = the dtype of the parameters. Norms, rotary angles, scores and softmax
+        are float32 or wider. `unembed` gives the parameters as they are, so that logits have their precision.
 
     Returns:
       Policy. Initial weights are normal with standard deviation 1/√fan_in (1/√width for the embedding); those that write to the
@@ -72,9 +72,9 @@ def decoder(
       count them.
 
     Raises:
-      ValueError: sizes that are no integers of at least 1, a width that the heads do not divide into even parts, an odd head_dim,
-        num_kv_heads that does not divide num_heads, a rope_scaling without exactly its four numbers, another dtype than a
-        floating one; (when applied) a cache of another policy or number of rows, more tokens than its capacity, an
+      ValueError: sizes that are no integers of at least 1, a width that the heads do not divide into even parts, an odd
+        head_dim, num_kv_heads that does not divide num_heads, a rope_scaling without exactly its four numbers, another dtype
+        than a floating one; (when applied) a cache of another policy or number of rows, more tokens than its capacity, an
         attention_mask beside a cache.
 
     Example:
@@ -96,7 +96,8 @@ def decoder(
 
       >>> llama = dict(
       ...     vocab_size=128_256, num_layers=16, width=2048, num_heads=32, num_kv_heads=8, head_dim=64, mlp_width=8192,
-      ...     tie_embeddings=True, rope_base=500_000.0, norm_epsilon=1e-5, compute_dtype="bfloat16", remat=True, scan_layers=True,
+      ...     tie_embeddings=True, rope_base=500_000.0, norm_epsilon=1e-5, compute_dtype="bfloat16", remat=True,
+      ...     scan_layers=True,
       ...     rope_scaling=dict(factor=32.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_length=8192),
       ... )
       >>> shapes = jax.eval_shape(decoder(**llama).init, jax.random.key(0))
