@@ -15,11 +15,11 @@ def check_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
 
 
-def check_dtype(dtype) -> None:
+def check_dtype(dtype, name: str = "dtype") -> None:
     """Raises ValueError unless it is a floating-point type, or the name of one."""
     try:
         floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
         floating = False
     if not floating:
-        raise ValueError(f"dtype is {dtype!r}; it must be a floating-point type")
+        raise ValueError(f"{name} is {dtype!r}; it must be a floating-point type")
