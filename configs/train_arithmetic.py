@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.loss_options = _dict()
     config.correction = ""  # e.g. jax_async_grpo.corrections.token_tis, with its options
     config.correction_options = _dict()
-    config.denominator = "recorded"  # of the ratio: log-probs as sampled; "recomputed" under φ; "learner" at the batch's first update
+    config.denominator = "recorded"  # log-probs as sampled; "recomputed" under φ; "learner", θ at the batch's first update
     config.advantage = "jax_async_grpo.advantages.group_normalized"
     config.advantage_options = _dict()
     config.aggregation = "jax_async_grpo.aggregation.sequence_mean"

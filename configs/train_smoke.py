@@ -1,6 +1,6 @@
 """The whole machinery of a training run within a minute: warm start, lag, bias, evaluation, checkpoints.
 
-    python -m launch.train --config=configs/train_smoke.py --workdir=runs/train_smoke
+python -m launch.train --config=configs/train_smoke.py --workdir=runs/train_smoke
 """
 
 from __future__ import annotations

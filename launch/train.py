@@ -55,7 +55,8 @@ def _train(job: training.TrainJob, workdir: records.Workdir, stop: training_moni
     title = f"{job.train_task.name}, S = {job.config['staleness']['max']}, η = {job.config['optimizer']['learning_rate']:g}"
     written = [workdir.path / "summary.json", *training.figure(rows, workdir.path, title)]
     if not done:
-        print(f"stopped after update {trainer.progress.step}: all is saved; the same command goes on from there.", file=sys.stderr)
+        said = f"stopped after update {trainer.progress.step}: all is saved; the same command goes on from there."
+        print(said, file=sys.stderr)
         return stop.code
     print(training.last_line(rows), "", *written, sep="\n")
     return 0

@@ -232,4 +232,6 @@ def test_statistics_are_those_of_the_vectors_themselves():
     kept = [np.delete(np.arange(9), k) for k in range(9)]
     expected = [gram_statistics.u_statistic(x[i] @ y[i].T) for i in kept]
     np.testing.assert_allclose(gram_statistics.leave_one_out(x @ y.T), expected, rtol=1e-12)
-    np.testing.assert_allclose(gram_statistics.jackknife_error(x[:, 0]), 9 / 8**0.5 * 0 + x[:, 0].std(ddof=0) * 8**0.5, rtol=1e-12)
+    np.testing.assert_allclose(
+        gram_statistics.jackknife_error(x[:, 0]), 9 / 8**0.5 * 0 + x[:, 0].std(ddof=0) * 8**0.5, rtol=1e-12
+    )

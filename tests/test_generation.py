@@ -284,9 +284,20 @@ def test_a_completion_is_the_same_in_every_batch(name, whole):
 def test_draws_differ_by_member_stream_step_and_key(whole):
     prompts, mask = prompts_of()
     draw = jax.jit(
-        lambda params, key, stream, step: generate(
-            POLICIES["tabular"], params, prompts, mask, key, stream=stream, step=step, group_size=40, max_length=L, end_token=END
-        ).completions
+        lambda params, key, stream, step: (
+            generate(
+                POLICIES["tabular"],
+                params,
+                prompts,
+                mask,
+                key,
+                stream=stream,
+                step=step,
+                group_size=40,
+                max_length=L,
+                end_token=END,
+            ).completions
+        )
     )
     draws = [draw(params_of("tabular"), jax.random.key(k), *x) for k, *x in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     np.testing.assert_array_equal(draws[0], whole["tabular"].completions)
@@ -433,13 +444,17 @@ def test_errors_name_the_argument(options, complaint):
 
 
 def test_rows_of_a_cache_are_an_axis_of_their_own():
-    policy = POLICIES["cached"]._replace(init_cache=lambda params, num_rows, capacity: {"kv": jnp.zeros((2 * num_rows, capacity))})
+    policy = POLICIES["cached"]._replace(
+        init_cache=lambda params, num_rows, capacity: {"kv": jnp.zeros((2 * num_rows, capacity))}
+    )
     with pytest.raises(ValueError, match=r"cache\['kv'\] has shape \(6, 3\) for 3 rows"):
         generate(policy, params_of("cached"), jnp.zeros((3, 1), int), None, jax.random.key(0), group_size=2, max_length=3)
 
 
 def test_mismatch_and_its_tolerance():
-    mismatch = metrics.logprob_mismatch(jnp.array([[-1.0, -2.0, jnp.nan]]), jnp.array([[-1.5, -1.75, 0.0]]), jnp.array([[1, 1, 0]]))
+    mismatch = metrics.logprob_mismatch(
+        jnp.array([[-1.0, -2.0, jnp.nan]]), jnp.array([[-1.5, -1.75, 0.0]]), jnp.array([[1, 1, 0]])
+    )
     assert {k: float(v) for k, v in mismatch.items()} == {"logprob_mismatch/mean_abs": 0.375, "logprob_mismatch/max_abs": 0.5}
     with pytest.raises(ValueError, match="recomputed has shape"):
         metrics.logprob_mismatch(jnp.zeros((1, 2)), jnp.zeros((2, 2)))

@@ -1,4 +1,4 @@
-"""Training of language models on stale rollouts: from a config to a run that can be stopped anywhere and goes on bit for bit."""
+"""Training of language models on stale rollouts: from a config to a run that goes on bit for bit wherever it stopped."""
 
 from jax_async_grpo.training.run import BadUpdates, Progress, Stopped, Trainer, sizes
 from jax_async_grpo.training.setup import TrainJob, build, describe, validate

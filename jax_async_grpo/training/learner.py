@@ -1,7 +1,7 @@
 """One learner update on rollouts that are already there, as a pure function: gradient, optimizer, ring, and what to log.
 
-The gradient is ∂_θ L̂(θ, φ) of arXiv 2607.01083 for the groups of a batch; φ enters through the rollouts alone. A loss or gradient
-that is not finite leaves parameters and optimizer as they were; the update still counts, and its version in the ring is θ_t.
+The gradient is ∂_θ L̂(θ, φ) of arXiv 2607.01083 for the groups of a batch; φ enters through the rollouts alone. A loss or
+gradient that is not finite leaves parameters and optimizer as they were; the update counts, and its version in the ring is θ_t.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jax_async_grpo.separability import named_parameters
 from jax_async_grpo.types import Params, Policy, Rollouts
 from jax_async_grpo.update import TrainState, create_state, update_step
 
-__all__ = ["Batch", "Learner", "LearnerState", "init_state", "learner_step", "skip_non_finite"]
+__all__ = ["Batch", "Learner", "LearnerState", "SkipState", "init_state", "learner_step", "skip_non_finite"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,13 @@ class Batch(NamedTuple):
 
 
 def init_state(
-    learner: Learner, params: Params, capacity: int, *, gradient_cosine: bool = True, cumulative_drift: bool = True, **history_options
+    learner: Learner,
+    params: Params,
+    capacity: int,
+    *,
+    gradient_cosine: bool = True,
+    cumulative_drift: bool = True,
+    **history_options,
 ) -> LearnerState:
     """The state at step 0.
 
@@ -94,7 +100,7 @@ def init_state(
       **history_options: of `staleness.create_history`.
     """
     return LearnerState(
-        create_state(params, learner.optimizer, capacity, **history_options),
+        create_state(params, skip_non_finite(learner.optimizer), capacity, **history_options),
         jax.tree.map(jnp.zeros_like, params) if gradient_cosine else None,
         jax.tree.map(jnp.copy, params) if cumulative_drift else None,
     )
@@ -113,8 +119,7 @@ def learner_step(learner: Learner, state: LearnerState, batch: Batch) -> tuple[L
     """
     train = state.train
     loss, gradient, logprobs = _loss_and_gradient(learner, train.params, batch)
-    is_finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(gradient))
-    ascent = jax.tree.map(lambda leaf: jnp.where(is_finite, -leaf, jnp.nan), gradient)
+    ascent = jax.tree.map(lambda leaf: jnp.where(jnp.isfinite(loss), -leaf, jnp.nan), gradient)
     logged = _of_batch(learner, batch, logprobs, train.step)
     new, _ = update_step(
         train,
@@ -124,6 +129,7 @@ def learner_step(learner: Learner, state: LearnerState, batch: Batch) -> tuple[L
         max_staleness=learner.max_staleness,
         extra_args_fn=lambda *_: {"ess": logged["off_policy/ess_ratio"]},
     )
+    is_finite = new.opt_state.is_finite
     logged |= {
         "loss": loss,
         "update/is_finite": is_finite.astype(loss.dtype),
@@ -140,6 +146,13 @@ def learner_step(learner: Learner, state: LearnerState, batch: Batch) -> tuple[L
     return LearnerState(new, kept, state.start_params), logged
 
 
+class SkipState(NamedTuple):
+    """Attributes: inner, the optimizer's state; is_finite, [] bool of the last update."""
+
+    inner: optax.OptState
+    is_finite: jax.Array
+
+
 def skip_non_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The optimizer, except that updates that are not finite leave parameters and its own state as they are.
 
@@ -147,13 +160,16 @@ def skip_non_finite(optimizer: optax.GradientTransformation) -> optax.GradientTr
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def update(gradients, opt_state, params=None, **extra_args):
-        updates, new_state = optimizer.update(gradients, opt_state, params, **extra_args)
+    def init(params):
+        return SkipState(optimizer.init(params), jnp.ones((), bool))
+
+    def update(gradients, state, params=None, **extra_args):
+        updates, inner = optimizer.update(gradients, state.inner, params, **extra_args)
         is_finite = jnp.isfinite(optax.tree.norm(gradients)) & jnp.isfinite(optax.tree.norm(updates))
         updates = jax.tree.map(lambda leaf: jnp.where(is_finite, leaf, 0), updates)
-        return updates, jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new_state, opt_state)
+        return updates, SkipState(jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), inner, state.inner), is_finite)
 
-    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _loss_and_gradient(learner: Learner, params: Params, batch: Batch) -> tuple[jax.Array, Params, jax.Array]:

@@ -32,8 +32,8 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     size = count // fsdp if data == -1 else data
     if size * fsdp != count:
         raise ValueError(
-            f"config.mesh is data={data}, fsdp={fsdp}, which needs {max(size, 1) * fsdp} devices; there are {count}: take data=-1 "
-            f"and an fsdp that divides {count}"
+            f"config.mesh is data={data}, fsdp={fsdp}, which needs {max(size, 1) * fsdp} devices; there are {count}: take "
+            f"data=-1 and an fsdp that divides {count}"
         )
     return jax.make_mesh((size, fsdp), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -51,7 +51,7 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def history_shardings(history: ParamHistory, mesh: Mesh, memory_kind: str | None) -> ParamHistory:
-    """Those of a ring: every version as the parameters are, the ring axis whole, in that kind of memory (None = the devices')."""
+    """Those of a ring: every version as the parameters are, the ring axis whole, in that kind of memory (None = devices')."""
 
     def of_slots(leaf):
         return NamedSharding(mesh, PartitionSpec(None, *_spec(leaf.shape[1:], mesh.shape["fsdp"])), memory_kind=memory_kind)

@@ -1,4 +1,4 @@
-"""Rollouts generated ahead of the update that consumes them, packed into arrays of one shape so that a checkpoint holds them."""
+"""Rollouts generated ahead of the update that consumes them, packed into arrays of one shape for checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ FIELDS = ("completions", "mask", "behavior_logprobs", "rewards", "policy_version
 """Of `Rollouts`, what is kept: the task has the prompts."""
 
 
-def pack(pending: Mapping[int, Mapping[str, np.ndarray]], capacity: int, shape: tuple[int, int, int], dtype=np.float32) -> dict[str, jax.Array]:
+def pack(
+    pending: Mapping[int, Mapping[str, np.ndarray]], capacity: int, shape: tuple[int, int, int], dtype=np.float32
+) -> dict[str, jax.Array]:
     """{field: [K, B, G, ...]} and `batches` [K] int32, −1 where a slot is empty.
 
     Args:
@@ -44,10 +46,8 @@ def pack(pending: Mapping[int, Mapping[str, np.ndarray]], capacity: int, shape: 
 
 def unpack(packed: Mapping[str, jax.Array]) -> dict[int, dict[str, np.ndarray]]:
     """What `pack` was given."""
-    batches = np.asarray(packed["batches"])
-    return {
-        int(batch): {name: np.asarray(packed[name])[slot] for name in FIELDS} for slot, batch in enumerate(batches) if batch >= 0
-    }
+    host = {name: np.asarray(array) for name, array in packed.items()}
+    return {int(b): {name: host[name][slot] for name in FIELDS} for slot, b in enumerate(host["batches"]) if b >= 0}
 
 
 def fields_of(rollouts: Rollouts) -> dict[str, np.ndarray]:

@@ -35,7 +35,15 @@ class Drawer:
     verifiers: Verifiers
 
     def __call__(
-        self, params: Params, task: TextTask, prompt_ids: np.ndarray, *, step: int, version: int, stream: int, put: Callable = jnp.asarray
+        self,
+        params: Params,
+        task: TextTask,
+        prompt_ids: np.ndarray,
+        *,
+        step: int,
+        version: int,
+        stream: int,
+        put: Callable = jnp.asarray,
     ) -> tuple[Rollouts, Scores]:
         """Scored groups of these rows of the task.
 
@@ -134,5 +142,7 @@ def batch_prompts(seed: int, num_rows: int, num_prompts: int, batch: int) -> np.
     [0, 1, 2, 3, 4, 5]
     """
     positions = np.arange(batch * num_prompts, (batch + 1) * num_prompts)
-    epochs = {int(epoch): np.random.default_rng([seed, int(epoch)]).permutation(num_rows) for epoch in set(positions // num_rows)}
-    return np.array([epochs[int(position) // num_rows][position % num_rows] for position in positions])
+    epochs = {
+        epoch: np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in set((positions // num_rows).tolist())
+    }
+    return np.array([epochs[position // num_rows][position % num_rows] for position in positions.tolist()])

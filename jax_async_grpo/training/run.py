@@ -18,10 +18,10 @@ import numpy as np
 
 from jax_async_grpo import estimation, head, metrics, policies, records, scaling, staleness, surrogate
 from jax_async_grpo.checkpoint import Checkpoints
-from jax_async_grpo.tasks import FAILURES, TextTask
+from jax_async_grpo.tasks.verification import FAILURES
 from jax_async_grpo.training import pending as pending_lib
 from jax_async_grpo.training.learner import Batch, LearnerState, init_state, learner_step
-from jax_async_grpo.training.mesh import batch_sharding, replicated, tree_shardings
+from jax_async_grpo.training.mesh import batch_sharding, history_shardings, replicated, tree_shardings
 from jax_async_grpo.training.rollouts import EVALUATION_STREAM, TRAINING_STREAM, Drawer, batch_prompts, drawer
 from jax_async_grpo.training.setup import TrainJob, learning_rate_at
 from jax_async_grpo.training.supervised import supervised
@@ -101,6 +101,7 @@ class Trainer:
         self._put = functools.partial(jax.device_put, device=batch_sharding(job.mesh))
         self._rows: list[dict[str, Any]] = []
         self.pending: dict[int, dict[str, np.ndarray]] = {}
+        self._saved: int | None = None  # the step of the last checkpoint
         self._kept: tuple[int, Rollouts] | None = None  # the batch in use, where it is reused
         self._draw = self._drawer(config["group_size"], **config["sampling"])
         evaluation = config["evaluation"]
@@ -142,8 +143,9 @@ class Trainer:
     def save(self) -> None:
         """Writes the rows so far and a checkpoint, unless this step is saved."""
         self._flush()
-        if self.progress.step in self._checkpoints.steps():
+        if self.progress.step == self._saved:
             return
+        self._saved = self.progress.step
         score = self.progress.evaluations[-1][1] if self.progress.evaluations else None
         self._checkpoints.save(self.progress.step, self._arrays(), self.progress.to_plain(), score=score)
 
@@ -181,10 +183,11 @@ class Trainer:
         progress.total_bad_updates += is_bad
         if progress.bad_updates >= job.config["max_bad_updates"]:
             self._flush()
+            self._checkpoints.wait()
             saved = max(self._checkpoints.steps(), default=None)
             raise BadUpdates(
                 f"{progress.bad_updates} updates in a row, up to step {t}, had a loss or gradient that is not finite: lower "
-                f"optimizer.learning_rate or S" + ("" if saved is None else f"; the last good checkpoint is that of step {saved}")
+                "optimizer.learning_rate or S" + ("" if saved is None else f"; the last good checkpoint is of step {saved}")
             )
 
     # --- rollouts
@@ -303,7 +306,8 @@ class Trainer:
             if params is behavior:
                 return rollouts
             step, version = job.lag.first_step(batch), self.progress.step
-            return self._draw(params, job.train_task, rows, step=step, version=version, stream=TRAINING_STREAM, put=self._put)[0]
+            options = dict(step=step, version=version, stream=TRAINING_STREAM, put=self._put)
+            return self._draw(params, job.train_task, rows, **options)[0]
 
         found = estimation.estimate(
             self._logprobs,
@@ -338,7 +342,7 @@ class Trainer:
     def _started(self) -> tuple[LearnerState, Progress]:
         """θ_0, warm-started, and an empty record."""
         config, job = self.job.config, self.job
-        records.truncate_jsonl(self._workdir.path / "metrics.jsonl", lambda row: False)
+        self._workdir.truncate_rows("metrics.jsonl", lambda row: False)
         init = jax.jit(job.policy.init, out_shardings=tree_shardings(self._shapes(), job.mesh))
         params = init(jax.random.fold_in(jax.random.key(config["seed"]), 0))
         number = sum(leaf.size for leaf in jax.tree.leaves(params))
@@ -358,7 +362,9 @@ class Trainer:
     def _restored(self) -> tuple[LearnerState, Progress] | None:
         shapes = jax.eval_shape(self._plain_state, self._shapes())
         template = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, self._shardings(shapes)
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            shapes,
+            self._shardings(shapes),
         )
         found = self._checkpoints.restore({"state": template, "pending": jax.eval_shape(self._packed)})
         if found is None:
@@ -366,8 +372,10 @@ class Trainer:
                 raise ValueError(f"every checkpoint in {self._checkpoints.folder} is damaged; move them away to start afresh")
             return None
         self.pending = pending_lib.unpack(found.arrays["pending"])
-        records.truncate_jsonl(self._workdir.path / "metrics.jsonl", lambda row: row.get("step", -1) < found.step or _is_early(row))
-        return found.arrays["state"], Progress.from_plain(found.host)
+        progress = Progress.from_plain(found.host)
+        self._workdir.truncate_rows("metrics.jsonl", lambda row: _is_before(row, progress))
+        self._saved = found.step
+        return found.arrays["state"], progress
 
     def _shapes(self) -> Params:
         return jax.eval_shape(self.job.policy.init, jax.random.key(0))
@@ -400,7 +408,7 @@ class Trainer:
     def _packed(self) -> dict[str, jax.Array]:
         config = self.job.config
         shape = (config["num_prompts"], config["group_size"], self.job.train_task.max_length)
-        dtype = np.float64 if config["precision"] == "float64" else np.float32
+        dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(self._shapes()))
         return pending_lib.pack(self.pending, self._num_pending(), shape, dtype)
 
     def _num_pending(self) -> int:
@@ -427,5 +435,8 @@ def sizes(job: TrainJob) -> tuple[int, int]:
     return staleness.nbytes(history), number
 
 
-def _is_early(row: dict[str, Any]) -> bool:
-    return row["kind"] in ("warm_start", "start")
+def _is_before(row: dict[str, Any], progress: Progress) -> bool:
+    """Was the row written before the checkpoint with this progress? The last evaluation is at the step of its checkpoint."""
+    if row["kind"] in ("warm_start", "start"):
+        return True
+    return row["step"] < progress.step or (row["kind"] == "evaluation" and row["step"] in dict(progress.evaluations))

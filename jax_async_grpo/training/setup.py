@@ -32,10 +32,10 @@ REPLAYS = ("params", "rollouts")
 DENOMINATORS = ("recorded", "recomputed", "learner")
 PRECISIONS = ("float32", "float64")
 _TOP_KEYS = (
-    "seed precision num_updates num_prompts group_size updates_per_batch accumulation_steps replay denominator max_bad_updates "
-    "staleness ring loss loss_options correction correction_options advantage advantage_options aggregation aggregation_options "
-    "optimizer policy policy_options task task_options num_heldout warm_start sampling verifier evaluation bias checkpoint mesh "
-    "track rule plan"
+    "seed precision num_updates num_prompts group_size updates_per_batch accumulation_steps staleness replay ring loss "
+    "loss_options correction correction_options denominator advantage advantage_options aggregation aggregation_options "
+    "optimizer max_bad_updates policy policy_options task task_options num_heldout warm_start sampling verifier evaluation "
+    "bias checkpoint mesh track rule plan"
 ).split()
 _PARTS = {
     "staleness": ("schedule", "max"),
@@ -184,7 +184,8 @@ def describe(job: TrainJob, ring_bytes: int, num_parameters: int) -> str:
     limit = "not known; set config.plan to the folder of a plan (launch.plan)"
     if job.predicted_limit is not None:
         headroom = job.predicted_limit / eta
-        limit = f"eta_80 = {job.predicted_limit:.3g}, head-room {headroom:.2g}x" + ("" if headroom >= 2 else ": use at most half")
+        limit = f"eta_80 = {job.predicted_limit:.3g}, head-room {headroom:.2g}x"
+        limit += "" if headroom >= 2 else ": use at most half"
     lines = {
         "task": f"{job.train_task.name}, {len(job.train_task.questions)} questions, {len(job.heldout_task.questions)} held out",
         "policy": f"{str(config['policy']).rpartition('.')[2]}, {num_parameters:,} parameters",
@@ -233,7 +234,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         )
     if config["replay"] == "rollouts" and config["bias"]["every"]:
         raise ValueError(
-            "config.bias.every is set and replay is 'rollouts', which keeps no old parameters to draw from; take replay='params'"
+            "config.bias.every is set and replay is 'rollouts', which keeps no old parameters: take replay='params'"
         )
     make_lag_plan(
         config["staleness"]["schedule"], config["staleness"]["max"], config["num_updates"],
@@ -353,7 +354,7 @@ def _predicted_limit(config: Mapping[str, Any]) -> float | None:
         raise ValueError(f"config.plan={config['plan']} holds no plan.json of launch.plan; give its --workdir, or ''") from None
     if planned != config["staleness"]["max"]:
         raise ValueError(
-            f"config.plan={config['plan']} is for S = {planned} and staleness.max is {config['staleness']['max']}; plan for it with "
-            "launch.plan --max_staleness"
+            f"config.plan={config['plan']} is for S = {planned} and staleness.max is {config['staleness']['max']}; plan for it "
+            "with launch.plan --max_staleness"
         )
     return None if limit is None else float(np.float64(limit))

@@ -1,0 +1,211 @@
+"""`launch.train` as its user meets it: messages before compilation, signals, one process a workdir, failing verifiers."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from absl.testing import flagsaver
+
+from jax_async_grpo import records, training, workdir_lock
+from jax_async_grpo.checkpoint import Checkpoints
+from jax_async_grpo.tasks import digit_text
+from launch import command_line
+from launch import train as launch_train
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = f"--config={ROOT / 'tests' / 'tiny_training.py'}"
+
+
+def job(*arguments) -> tuple[int, str, str]:
+    """Exit code, output and errors of `python -m launch.train ARGUMENTS`, in this process."""
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["launch/train.py", *map(str, arguments)]
+    try:
+        with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            command_line.run(launch_train.main)
+    except SystemExit as stop:
+        return stop.code or 0, out.getvalue(), err.getvalue()
+    finally:
+        sys.argv = argv
+    raise AssertionError("the job did not exit")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the job: (folder, what it said)."""
+    folder = tmp_path_factory.mktemp("job") / "run"
+    code, said, error = job(CONFIG, f"--workdir={folder}")
+    assert code == 0, error
+    return folder, said
+
+
+def test_a_run_says_what_it_is_and_writes_what_it_promises(finished):
+    folder, said = finished
+    for words in ("S*eta      0.06", "T*eta      0.3", "ring       3 versions", "limit      not known", "held-out reward"):
+        assert words in said, words
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.json",
+        "metrics.jsonl",
+        "summary.json",
+        "train.png",
+        "tensorboard",
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["num_updates"] == 10 and summary["heldout_reward"]["best"] >= summary["heldout_reward"]["start"]
+    assert summary["skipped_updates"] == 0 and summary["bias"]["measured"] == 3
+
+
+def test_bias_is_zero_without_lag_and_comes_with_its_detection_limit(finished):
+    rows = records.read_jsonl(finished[0] / "metrics.jsonl")
+    first, *later = (row for row in rows if row["kind"] == "bias")
+    assert first["bias/norm_squared"] == 0 and first["coupled_fraction"] == 1 and not first["detected"]
+    assert len(later) == 2 and all(row["bias/detection_limit"] > 0 for row in later)
+    assert all(row["coupled_fraction"] > 0.5 or row["method"] == "reweighted" for row in later)
+
+
+def test_the_same_command_again_changes_nothing_and_another_config_is_refused(finished):
+    folder, _ = finished
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert job(CONFIG, f"--workdir={folder}")[0] == 0 and (folder / "metrics.jsonl").read_bytes() == before
+    code, _, error = job(CONFIG, f"--workdir={folder}", "--config.seed=5")
+    assert code == 2 and "holds another config: seed is 0 there and 5 here" in error
+    with workdir_lock.workdir_lock(folder):
+        code, _, error = job(CONFIG, f"--workdir={folder}")
+    assert code == 2 and re.search(f"in use by pid {os.getpid()} on .*; wait for it", error) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("staleness.max=10", "staleness.max is 10 and num_updates 10: .* lower staleness.max or raise num_updates"),
+        ("staleness.schedule=ring", "staleness.schedule is 'ring'; it must be fixed, periodic or random"),
+        ("group_size=1", "group_size is 1; it must be an integer >= 2"),
+        ("accumulation_steps=3", "accumulation_steps is 3; it must divide num_prompts = 8"),
+        ("mesh.fsdp=3", "needs 3 devices; there are 1: take data=-1"),
+        ("bias.num_blocks=16", "bias.num_blocks is 16; it must divide num_prompts = 8"),
+        ("replay=rollout", "replay is 'rollout'; it must be one of params, rollouts"),
+        ("replay=rollouts", "bias.every is set and replay is 'rollouts'"),
+        ("learning_rate=1", "there is no learning_rate|learning_rate is not a key of this job"),
+        ("optimizer.learning_rat=1", "learning_rat"),
+        ("loss=jax_async_grpo.losses.nope", "loss is 'jax_async_grpo.losses.nope'; it must be an importable"),
+        ("loss_options.epsilon=1.0", "config.loss .* refuses its options"),
+        ("task_options.base=99", "config.task .* refuses its options: base=99"),
+        ("num_heldout=24", "config.num_heldout: num_heldout=24 must be an integer in 1..23"),
+        ("optimizer.learning_rate=-1.0", "optimizer.learning_rate is -1.0; it must be a number > 0"),
+        ("policy_options.width=0", "config.policy .* refuses its options: width is 0"),
+        ("plan=/nowhere", "config.plan=/nowhere holds no plan.json"),
+        ("denominator=fresh", "denominator is 'fresh'; it must be one of"),
+    ],
+)
+def test_what_cannot_run_is_said_before_anything_is_compiled(tmp_path, change, message):
+    code, said, error = job(CONFIG, f"--workdir={tmp_path / 'run'}", f"--config.{change}")
+    assert code == 2 and not said and error.count("\n") == 1 and re.search(message, error), error
+
+
+def test_the_limit_of_a_plan_is_shown_and_its_staleness_checked(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps({"plan": {"max_staleness": 2, "max_learning_rate": 0.045}}))
+    code, said, _ = job(CONFIG, "--dry_run", f"--config.plan={tmp_path}")
+    assert code == 0 and "limit      eta_80 = 0.045, head-room 1.5x: use at most half" in said
+    code, _, error = job(CONFIG, "--dry_run", f"--config.plan={tmp_path}", "--config.staleness.max=3")
+    assert code == 2 and "is for S = 2 and staleness.max is 3" in error
+
+
+def hostile_task(**options):
+    """A digit sum whose verifier raises, returns NaN or hangs on some of the texts, and tells nobody."""
+    task = digit_text(**options)
+    inner = task.verify
+
+    def verify(row: int, text: str) -> float:
+        if text.startswith("0"):
+            raise KeyError(text)
+        if text.startswith("1"):
+            return float("nan")
+        if row == 3 and text == "22":
+            time.sleep(1.0)
+        return inner(row, text)
+
+    object.__setattr__(task, "verify", verify)
+    return task
+
+
+def test_verifiers_that_fail_are_counted_and_the_run_goes_on(tmp_path):
+    change = [
+        "--config.task=tests.test_launch_train.hostile_task",
+        "--config.verifier.time_limit=0.2",
+        "--config.num_updates=4",
+    ]
+    code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}", *change)
+    assert code == 0, error
+    failed = json.loads((tmp_path / "run" / "summary.json").read_text())["failed_samples"]
+    assert failed["raised"] > 0 and failed["not_finite"] > 0
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
+    """The third save fails; the same command goes on from the second when there is room again."""
+    saved, inner = [], Checkpoints.save
+
+    def save(self, step, *arguments, **options):
+        saved.append(step)
+        if len(saved) == 3:
+            raise OSError(28, "No space left on device")
+        return inner(self, step, *arguments, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}")
+    assert code == 2 and "No space left on device" in error and "Traceback" not in error
+    monkeypatch.undo()
+    assert job(CONFIG, f"--workdir={tmp_path / 'run'}")[0] == 0
+    whole = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in whole if row["kind"] == "update"] == list(range(10))
+
+
+def start(folder: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "launch.train", CONFIG, f"--workdir={folder}", "--config.num_updates=60"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_updates(folder: Path, process: subprocess.Popen, step: int) -> None:
+    """Until a checkpoint of that many updates is there."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        there = [int(path.name.split("_")[1]) for path in (folder / "checkpoints").glob("step_*")]
+        if there and max(there) >= step:
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no checkpoint of {step} updates: {process.communicate()}")
+
+
+def test_sigterm_saves_and_kill_nine_loses_nothing(tmp_path):
+    """One run killed three times, once by SIGTERM, ends as one that was never stopped, to the byte."""
+    for step, number in ((4, signal.SIGKILL), (20, signal.SIGTERM), (32, signal.SIGKILL)):
+        process = start(tmp_path / "killed")
+        wait_for_updates(tmp_path / "killed", process, step)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=120)
+        if number == signal.SIGTERM:
+            assert process.returncode == 0 and "all is saved; the same command goes on from there" in error, error
+    for name in ("killed", "whole"):
+        code, _, error = job(CONFIG, f"--workdir={tmp_path / name}", "--config.num_updates=60")
+        assert code == 0, error
+    files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "whole")]
+    assert files[0] == files[1] and b'"step": 59' in files[0]
+
+
+def test_the_smoke_config_is_the_default_with_smaller_numbers():
+    from configs import train_arithmetic, train_smoke
+
+    default, smoke = (config.get_config().to_dict() for config in (train_arithmetic, train_smoke))
+    training.validate(default)
+    training.validate(smoke)
+    assert default.keys() == smoke.keys() and default["loss"] == smoke["loss"]
