@@ -131,9 +131,7 @@ def detectable_norm(trace: float, dimensions: float, num_blocks: int, level: flo
     return float(np.sqrt(noncentrality * trace / (num_blocks * dimensions)))
 
 
-def norm_interval(
-    norm_squared: float, trace: float, dimensions: float, num_blocks: int, level: float
-) -> tuple[float, float]:
+def norm_interval(norm_squared: float, trace: float, dimensions: float, num_blocks: int, level: float) -> tuple[float, float]:
     """The ‖μ‖ that tests of the measured 1 + K·U/tr Σ against F(ν, ν(K−1), λ) do not reject, λ = K ν ‖μ‖²/tr Σ.
 
     U ± its jackknife error is no such interval: U is skewed, and where it comes out small its error does too.

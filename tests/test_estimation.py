@@ -150,7 +150,7 @@ def test_the_weights_of_the_group_are_right_and_those_of_the_own_completion_are_
     _, means, _, fresh = measured
     assert np.abs(z_scores(means["sampled"], fresh)).max() < 4
     assert np.abs(z_scores(means["reweighted"], fresh)).max() < 4
-    assert np.abs(z_scores(means["own"], fresh)).max() > 6
+    assert np.abs(z_scores(means["own"], fresh)).max() > 5
 
 
 def test_coupling_takes_noise_away(measured):
@@ -243,12 +243,12 @@ def test_statistics_are_those_of_the_vectors_themselves():
 PROMPTS, KEY = np.arange(16) % 2, jax.random.key(3)
 
 
-@jax.jit
-def compiled_sample(params, prompts, key):
-    return sample(params, prompts, key)
+compiled_sample, compiled_logprobs = jax.jit(sample), jax.jit(token_logprobs)
 
 
-def measure(params=LEARNER, behavior_params=BEHAVIOR, prompts=PROMPTS, key=KEY, *, sample=compiled_sample, loss=LOSS, **options):
+def measure(
+    params=LEARNER, behavior_params=BEHAVIOR, prompts=PROMPTS, key=KEY, *, sample=compiled_sample, loss=LOSS, **options
+):
     return bias.estimate(token_logprobs, sample, loss, params, behavior_params, prompts, key, **options)
 
 
@@ -274,7 +274,7 @@ def test_estimate_is_the_statistics_of_its_blocks(gradients):
     np.testing.assert_allclose(found.relative_norm, np.sqrt(max(expected[0], 0) / expected[1]), rtol=1e-9)
     np.testing.assert_allclose(found.relative_detection_limit, found.detection_limit / np.sqrt(expected[1]), rtol=1e-9)
     np.testing.assert_allclose(found.noise_trace, np.trace(np.cov(delta.T)), rtol=1e-9)
-    log_weights = np.sum(token_logprobs(LEARNER, stale_rollouts) - stale_rollouts.behavior_logprobs, axis=(1, 2))
+    log_weights = np.sum(compiled_logprobs(LEARNER, stale_rollouts) - stale_rollouts.behavior_logprobs, axis=(1, 2))
     weights = np.exp(log_weights)
     np.testing.assert_allclose(found.ess_ratio, weights.sum() ** 2 / (16 * np.sum(weights**2)), rtol=1e-9)
     both, either = stale_rollouts.mask & fresh_rollouts.mask, stale_rollouts.mask | fresh_rollouts.mask
@@ -323,17 +323,19 @@ def test_the_previous_ess_decides_where_the_fresh_gradient_comes_from(gradients)
     assert methods == ["sampled", "sampled", "reweighted"] and len(calls) == 5
     assert measure(previous_ess=0.5, ess_threshold=0.4).method == "reweighted"
     found = measure(previous_ess=1.0)
-    assert np.isnan(found.coupled_fraction) and found.stale_norm_squared == pytest.approx(measure().stale_norm_squared, rel=1e-9)
+    assert np.isnan(found.coupled_fraction) and found.stale_norm_squared == pytest.approx(
+        measure().stale_norm_squared, rel=1e-9
+    )
 
     stale = gradients[2]
-    weights = np.exp(np.sum(token_logprobs(LEARNER, stale) - stale.behavior_logprobs, axis=(1, 2)))
-    own = dataclasses.replace(stale, behavior_logprobs=token_logprobs(LEARNER, stale))
+    weights = np.exp(np.sum(compiled_logprobs(LEARNER, stale) - stale.behavior_logprobs, axis=(1, 2)))
+    own = dataclasses.replace(stale, behavior_logprobs=compiled_logprobs(LEARNER, stale))
 
     def of_group(params, row):
         group = jax.tree.map(lambda leaf: leaf[None], row)
         return LOSS(token_logprobs(params, group), group)
 
-    fresh = weights[:, None] * jax.vmap(jax.grad(of_group), in_axes=(None, 0))(LEARNER, own).reshape(16, -1)
+    fresh = weights[:, None] * jax.jit(jax.vmap(jax.grad(of_group), in_axes=(None, 0)))(LEARNER, own).reshape(16, -1)
     fresh = fresh.reshape(8, 2, -1).mean(1)
     expected = np.mean((fresh @ fresh.T)[~np.eye(8, dtype=bool)])
     np.testing.assert_allclose(found.fresh_norm_squared, expected, rtol=1e-9)
