@@ -126,8 +126,8 @@ def estimate(
     Args:
       token_logprobs: (params, rollouts) -> [B, G, L] log-probs of the rollouts' completions, nats, differentiable in params.
       sample: (params, prompts, key) -> `Rollouts` of these B prompts in their order, `behavior_logprobs` and `rewards` filled.
-        It is called with the *same key* for φ and θ: Gumbel-max sampling with noise that depends on the key, the row, the member
-        and the position alone couples the two. It may call a verifier on the host.
+        It is called with the *same key* for φ and θ: Gumbel-max sampling with noise that depends on key, row, member and
+        position alone couples the two. It may call a verifier on the host.
       loss: (logprobs[b, G, L], rollouts) -> scalar of a batch of any b prompts, e.g. `functools.partial` of
         `surrogate.sampled_objective`. Its sign does not matter here.
       params: θ.
@@ -136,8 +136,8 @@ def estimate(
       key: consumed.
       num_blocks: K ≥ 8, a divisor of B.
       previous_ess: `ess_ratio` of the previous measurement. Above `ess_threshold` no fresh rollouts are drawn: H(θ,θ) comes
-        from the stale ones, each group weighted by Π π_θ/π_φ over all its completions, not self-normalized. Deciding by the weights
-        that are then used would bias the estimate.
+        from the stale ones, each group weighted by Π π_θ/π_φ over all its completions, not self-normalized. Deciding by the
+        weights that are then used would bias the estimate.
       ess_threshold: in [0, 1].
       kept_blocks: gradients kept at once, each twice (δ and fresh) the size of the parameters; default all K. With M < K, some
         are computed again: about K(1 + K/M)/2 pairs of them in place of K, in the memory of M + 1.

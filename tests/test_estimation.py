@@ -1,4 +1,4 @@
-"""The estimated staleness bias against the exact one of an enumerable task: unbiased, with honest errors, intervals and limits."""
+"""The estimated staleness bias against the exact one of an enumerable task: unbiased, with honest errors and limits."""
 
 from __future__ import annotations
 
