@@ -1,7 +1,7 @@
 """The staleness bias δ = H(θ,φ) − H(θ,θ) of any model, estimated from rollouts where nothing can be enumerated.
 
-Stale and fresh groups of the same prompts are drawn with the same random numbers, so that most tokens agree and most noise cancels
-in their difference. ‖δ̂‖² is still too large by the variance of δ̂: the prompts are split into K independent blocks, and only
+Stale and fresh groups of the same prompts are drawn with the same random numbers: most tokens agree, and most noise cancels in
+their difference. ‖δ̂‖² is still too large by the variance of δ̂: the prompts are split into K independent blocks, and only
 products of *different* blocks are averaged (U-statistics, jackknife errors; `gram_statistics`). What the design can tell
 from 0 is said beside the estimate. arXiv 2607.01083 has δ; the estimator is this project's: docs/estimation.md.
 """
@@ -40,8 +40,8 @@ class BiasEstimate(NamedTuple):
 
     Attributes:
       norm_squared: estimate of ‖δ‖², unbiased.
-      norm_squared_error: its jackknife standard error; up to 1.5 times too large where δ is far below the detection limit. For an
-        interval of ‖δ‖ use `interval`.
+      norm_squared_error: its jackknife standard error; up to 1.5 times too large where δ is far below the detection limit. See
+        `interval`.
       norm: √norm_squared, 0 where that is not positive.
       norm_error: half the length of √(norm_squared ± norm_squared_error), negative ends at 0: finite everywhere.
       relative_norm: ‖δ‖/‖H(θ,θ)‖ in the same way; NaN where the squared fresh gradient is not estimated as positive.
@@ -125,9 +125,9 @@ def estimate(
 
     Args:
       token_logprobs: (params, rollouts) -> [B, G, L] log-probs of the rollouts' completions, nats, differentiable in params.
-      sample: (params, prompts, key) -> `Rollouts` of these B prompts in their order, `behavior_logprobs` and `rewards` filled. It
-        is called with the *same key* for φ and θ: Gumbel-max sampling with noise that depends on the key, the row, the member and
-        the position alone couples the two. It may call a verifier on the host.
+      sample: (params, prompts, key) -> `Rollouts` of these B prompts in their order, `behavior_logprobs` and `rewards` filled.
+        It is called with the *same key* for φ and θ: Gumbel-max sampling with noise that depends on key, row, member and
+        position alone couples the two. It may call a verifier on the host.
       loss: (logprobs[b, G, L], rollouts) -> scalar of a batch of any b prompts, e.g. `functools.partial` of
         `surrogate.sampled_objective`. Its sign does not matter here.
       params: θ.
@@ -135,9 +135,9 @@ def estimate(
       prompts: any pytree of arrays with leading axis B, handed to `sample`.
       key: consumed.
       num_blocks: K ≥ 8, a divisor of B.
-      previous_ess: `ess_ratio` of the previous measurement. Above `ess_threshold` no fresh rollouts are drawn: H(θ,θ) comes from
-        the stale ones, each group weighted by Π π_θ/π_φ over all its completions, not self-normalized. Deciding by the weights
-        that are then used would bias the estimate.
+      previous_ess: `ess_ratio` of the previous measurement. Above `ess_threshold` no fresh rollouts are drawn: H(θ,θ) comes
+        from the stale ones, each group weighted by Π π_θ/π_φ over all its completions, not self-normalized. Deciding by the
+        weights that are then used would bias the estimate.
       ess_threshold: in [0, 1].
       kept_blocks: gradients kept at once, each twice (δ and fresh) the size of the parameters; default all K. With M < K, some
         are computed again: about K(1 + K/M)/2 pairs of them in place of K, in the memory of M + 1.
@@ -148,8 +148,8 @@ def estimate(
       BiasEstimate.
 
     Raises:
-      ValueError: fewer than 8 blocks or a B they do not divide, parameters that differ, an option outside its range, rollouts or
-        log-probs of another shape, or (reweighted) a loss that is no mean over the prompts.
+      ValueError: fewer than 8 blocks or a B they do not divide, parameters that differ, an option outside its range, rollouts
+        or log-probs of another shape, or (reweighted) a loss that is no mean over the prompts.
     """
     check_params_alike(params=params, behavior_params=behavior_params)
     num_prompts = _check_prompts(prompts, num_blocks)
@@ -215,8 +215,8 @@ def reweighted_gradient(
       rollouts: of b prompts, drawn from φ.
 
     Returns:
-      (a pytree like θ, by how much the loss misses being a mean over prompts: the largest difference of the two derivatives in a
-      log-prob, over the largest derivative; 0 is none).
+      (a pytree like θ, by how much the loss misses being a mean over prompts: the largest difference of the two derivatives in
+      a log-prob, over the largest derivative; 0 is none).
     """
 
     def of_prompts(logprobs, groups):
@@ -405,6 +405,6 @@ def _checked(rollouts: Rollouts, num_prompts: int) -> Rollouts:
 def _check_separable(coupling: float):
     if coupling > COUPLING_TOLERANCE:
         raise ValueError(
-            f"loss couples the prompts of a batch (derivatives differ by {coupling:.1e}), so groups cannot be reweighted one by "
-            "one; use a mean over prompts or previous_ess=None"
+            f"loss couples the prompts of a batch (derivatives differ by {coupling:.1e}), so groups cannot be reweighted one "
+            "by one; use a mean over prompts or previous_ess=None"
         )

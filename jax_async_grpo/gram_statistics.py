@@ -72,8 +72,8 @@ def jackknife_error(values: np.ndarray) -> np.ndarray:
 def noise_spectrum(gram: np.ndarray) -> tuple[float, float]:
     """tr Σ and the effective dimensions ν = (tr Σ)²/tr Σ² of the noise, whatever the mean is.
 
-    With S the sample covariance and n = K − 1, tr Σ² is estimated by n²/((n−1)(n+2)) · (tr S² − (tr S)²/n), unbiased for Gaussian
-    noise (Bai and Saranadasa 1996), and (tr Σ)² by (tr S)² − 2/n times that.
+    With S the sample covariance and n = K − 1, tr Σ² is estimated by n²/((n−1)(n+2)) · (tr S² − (tr S)²/n), unbiased for
+    Gaussian noise (Bai and Saranadasa 1996), and (tr Σ)² by (tr S)² − 2/n times that.
 
     Args:
       gram: [K, K], x_j·x_k, K ≥ 3.
@@ -112,8 +112,8 @@ def critical_value(trace: float, dimensions: float, num_blocks: int, level: floa
 def detectable_norm(trace: float, dimensions: float, num_blocks: int, level: float, power: float) -> float:
     """The detection limit: the ‖μ‖ that the test of `critical_value` rejects with the stated power.
 
-    √(λ tr Σ/(K ν)), λ the noncentrality at which F(ν, ν(K−1), λ) exceeds its critical value with that power. It is meant for a μ
-    spread over directions as the noise is; one along the noisiest direction alone needs more, one away from the noise less.
+    √(λ tr Σ/(K ν)), λ the noncentrality at which F(ν, ν(K−1), λ) exceeds its critical value with that power. It is meant for
+    a μ spread over directions as the noise is; one along the noisiest direction alone needs more, one away from the noise less.
 
     Args:
       trace, dimensions: of `noise_spectrum`.
@@ -131,9 +131,7 @@ def detectable_norm(trace: float, dimensions: float, num_blocks: int, level: flo
     return float(np.sqrt(noncentrality * trace / (num_blocks * dimensions)))
 
 
-def norm_interval(
-    norm_squared: float, trace: float, dimensions: float, num_blocks: int, level: float
-) -> tuple[float, float]:
+def norm_interval(norm_squared: float, trace: float, dimensions: float, num_blocks: int, level: float) -> tuple[float, float]:
     """The ‖μ‖ that tests of the measured 1 + K·U/tr Σ against F(ν, ν(K−1), λ) do not reject, λ = K ν ‖μ‖²/tr Σ.
 
     U ± its jackknife error is no such interval: U is skewed, and where it comes out small its error does too.

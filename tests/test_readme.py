@@ -88,7 +88,7 @@ def test_the_example_measures_the_law_and_refuses_the_kink(capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["docs/advantages.md", "docs/corrections.md", "docs/exactness.md", "docs/head.md", "docs/losses.md"]
+    "name", [f"docs/{name}.md" for name in ("advantages", "corrections", "estimation", "exactness", "head", "losses")]
 )
 def test_the_documents_run(name):
     for block in blocks(DOCUMENTS[name], "python"):

@@ -71,9 +71,7 @@ def _cached(policy: Policy, params: Params, tokens: jax.Array, start: jax.Array,
 
     def read(cache, tokens, positions, alive):
         segments = alive.astype(jnp.int32)[:, None]
-        hidden, cache = policy.apply(
-            params, tokens[:, None], positions=positions[:, None], segment_ids=segments, cache=cache
-        )
+        hidden, cache = policy.apply(params, tokens[:, None], positions=positions[:, None], segment_ids=segments, cache=cache)
         return hidden[:, 0], cache
 
     return cache, read
