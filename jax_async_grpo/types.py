@@ -51,10 +51,11 @@ class Policy(NamedTuple):
       tail: True if `apply` takes `tail=K` and then computes and returns the hidden states of the last K tokens only,
         [..., K, D]; saves a transformer most of its last layer where a long prompt is only read.
       init_cache: `init_cache(params, num_rows, capacity) -> cache`, an empty cache for rows of up to `capacity` tokens, in the
-        dtype in which `apply` computes. The rows are the axis of an array that is num_rows long for every num_rows (it is found
-        by its growth, so any axis will do; an array without one is shared by the rows). `apply(params, tokens[R, N], positions=, segment_ids=, cache=cache)` writes the N tokens
-        behind those already there, padding (segment 0) included, lets them see the valid ones before them, and returns the
-        filled cache beside their hidden states. None where `apply` takes no cache.
+        dtype in which `apply` computes. `apply(params, tokens[R, N], positions=, segment_ids=, cache=cache)` writes the N
+        tokens behind those already there, padding (segment 0) included, lets them see the valid ones before them, and returns
+        the filled cache beside their hidden states. The rows of an array are its axis that is num_rows long whatever num_rows
+        is: `sampling` finds it by that, to hand the rows of a prompt to its group; what has no such axis is shared by all rows.
+        None where `apply` takes no cache.
     """
 
     init: Callable[..., Params]

@@ -48,21 +48,21 @@ def cached_attention(vocab_size=V, width=8, num_layers=2, longest=32, dtype=jnp.
         x = params["embedding"][tokens] + params["place"][positions]
         sees = visibility(tokens, segment_ids=segment_ids, attention_mask=attention_mask)
         if cache is not None:
-            start, inputs = cache["length"], []
-            valid = jax.lax.dynamic_update_slice(cache["valid"], segment_ids != 0, (0, start))
+            start, zero, inputs = cache["length"], jnp.zeros((), jnp.int32), []
+            valid = jax.lax.dynamic_update_slice(cache["valid"], segment_ids != 0, (zero, start))
             own = start + jnp.arange(tokens.shape[1])[:, None]
             column = jnp.arange(valid.shape[1])
             sees = (column <= own) & (valid[:, None] | (column == own))
         for layer in range(num_layers):
             before = x
             if cache is not None:
-                before = jax.lax.dynamic_update_slice(cache["inputs"][layer], x, (0, start, 0))
+                before = jax.lax.dynamic_update_slice(cache["inputs"][layer], x, (zero, start, zero))
                 inputs.append(before)
             query, key, value = x @ params["query"][layer], before @ params["key"][layer], before @ params["value"][layer]
             scores = jnp.where(sees, query @ jnp.swapaxes(key, 1, 2) / width, -1e9)
             x = jnp.tanh(x + jax.nn.softmax(scores) @ value)
         if cache is not None:
-            cache = {"inputs": jnp.stack(inputs), "valid": valid, "length": start + tokens.shape[1]}
+            cache = {"inputs": jnp.stack(inputs), "valid": valid, "length": start + jnp.int32(tokens.shape[1])}
         return x, cache
 
     return Policy(init, apply, lambda params: params["out"], init_cache=init_cache)
@@ -79,7 +79,7 @@ POLICIES = {
 
 @functools.cache
 def params_of(name):
-    return POLICIES[name].init(jax.random.key(3))
+    return jax.jit(POLICIES[name].init)(jax.random.key(3))
 
 
 def prompts_of(num=B, seed=0):
@@ -112,18 +112,21 @@ def test_threefry_is_that_of_jax():
 
 
 def test_noise_is_exponential_and_stands_where_its_address_says():
-    keys = completion_keys(jax.random.key(0), 0, 0, jnp.arange(2), 2).reshape(4, 2)
-    noise = exponential_noise(keys, 3, 5000)
-    assert noise.dtype == jnp.float32
+    keys = jax.jit(completion_keys, static_argnums=4)(jax.random.key(0), 0, 0, jnp.arange(2), 2).reshape(4, 2)
+    draw = jax.jit(exponential_noise, static_argnums=2)
+    noise = np.asarray(draw(keys, 3, 5000))
+    assert noise.dtype == np.float32
     assert scipy.stats.kstest(np.asarray(noise).ravel(), "expon").pvalue > LEVEL
-    np.testing.assert_array_equal(exponential_noise(keys[1:2], 3, 100), noise[1:2, :100])
-    others = [exponential_noise(keys, 4, 5000), noise[[1, 0, 3, 2]], noise[[2, 3, 0, 1]]]
+    np.testing.assert_array_equal(draw(keys[1:2], 3, 100), noise[1:2, :100])
+    others = [draw(keys, 4, 5000), noise[[1, 0, 3, 2]], noise[[2, 3, 0, 1]]]
     assert all(abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 0.03 for other in others)
 
 
 def test_every_part_of_the_address_gives_another_key():
+    fold = jax.jit(completion_keys, static_argnums=4)
+
     def keys(seed=0, stream=0, step=0, prompts=(0, 1)):
-        return completion_keys(jax.random.key(seed), stream, step, jnp.array(prompts), 3).reshape(-1, 2).tolist()
+        return fold(jax.random.key(seed), stream, step, jnp.array(prompts), 3).reshape(-1, 2).tolist()
 
     addresses = [keys(), keys(seed=1), keys(stream=1), keys(step=1), keys(prompts=(2, 3)), keys(stream=1, step=1)]
     assert len({tuple(key) for rows in addresses for key in rows}) == 6 * len(addresses)
@@ -136,9 +139,9 @@ def test_every_part_of_the_address_gives_another_key():
 @pytest.mark.parametrize("name", ["tabular", "cached"])
 def test_completions_have_the_probabilities_of_the_policy(name):
     task = tasks.digit_sum(num_prompts=2, num_digits=2, base=5, variable_length=True)  # V = 7, the end is 6
-    logprobs = policies.completion_logprobs(
-        POLICIES[name], params_of(name), task.prompts, task.completions, task.mask, allowed=task.allowed
-    )
+    strings = (task.prompts, task.completions, task.mask)
+    enumerate_all = jax.jit(lambda p: policies.completion_logprobs(POLICIES[name], p, *strings, allowed=task.allowed))
+    logprobs = enumerate_all(params_of(name))
     options = dict(group_size=5000, max_length=2, end_token=task.end_token, allowed=task.allowed)
     result = drawn(name, task.prompts, task.prompt_mask, **options)
     same = (result.completions[:, :, None] == task.completions) | ~task.mask
@@ -148,7 +151,7 @@ def test_completions_have_the_probabilities_of_the_policy(name):
         expected = 5000 * np.exp(np.asarray(logprobs[prompt]).sum(axis=-1))
         counts = index[prompt].sum(axis=0)
         rare = expected < 5
-        cells = [np.append(x[~rare], x[rare].sum()) for x in (counts, expected)]
+        cells = [np.append(x[~rare], [x[rare].sum()] * int(rare.any())) for x in (counts, expected)]
         assert scipy.stats.chisquare(*cells).pvalue > LEVEL
 
 
@@ -204,8 +207,8 @@ def logits_of(name, prompts, mask, completions):
         prompt[:, : valid.sum()] = tokens[valid]
     before = mask.sum(axis=1)[:, None, None] + np.arange(L)
     np.put_along_axis(rows, np.broadcast_to(before, completions.shape), completions, axis=-1)
-    hidden, _ = POLICIES[name].apply(params_of(name), jnp.asarray(rows.reshape(-1, P + L)))
-    logits = np.asarray(hidden @ POLICIES[name].unembed(params_of(name))).reshape(B, group, P + L, V)
+    apply = jax.jit(lambda params, rows: POLICIES[name].apply(params, rows)[0] @ POLICIES[name].unembed(params))
+    logits = np.asarray(apply(params_of(name), rows.reshape(-1, P + L))).reshape(B, group, P + L, V)
     return np.take_along_axis(logits, before[..., None] - 1, axis=2)
 
 
@@ -234,9 +237,9 @@ def test_logprobs_are_those_that_the_learner_recomputes(name):
     allowed = np.ones((L, V), bool)
     allowed[1, 2:5] = allowed[3, :3] = False
     result = drawn(name, prompts, mask, allowed=allowed)
-    recomputed = policies.token_logprobs(
-        POLICIES[name], params_of(name), prompts, result.completions, result.mask, prompt_mask=mask, allowed=allowed
-    )
+    options = dict(prompt_mask=mask, allowed=allowed)
+    recompute = jax.jit(lambda *arrays: policies.token_logprobs(POLICIES[name], *arrays, **options))
+    recomputed = recompute(params_of(name), prompts, result.completions, result.mask)
     np.testing.assert_array_equal(result.logprobs, result.policy_logprobs)
     np.testing.assert_allclose(result.logprobs, recomputed, atol=1e-11)
     assert not result.mask.all() and result.mask.any(axis=-1).all()
@@ -247,11 +250,17 @@ def test_logprobs_are_those_that_the_learner_recomputes(name):
 
 def test_single_precision_stays_within_the_tolerance():
     policy = cached_attention(dtype=jnp.float32)
-    params = policy.init(jax.random.key(0))
     prompts, mask = prompts_of()
+
+    @jax.jit
+    def draw(key):
+        params = policy.init(key)
+        result = generate(policy, params, prompts, mask, key, group_size=20, max_length=L)
+        again = policies.token_logprobs(policy, params, prompts, result.completions, result.mask, prompt_mask=mask)
+        return result, again
+
     with jax.default_matmul_precision("highest"):
-        result = generate(policy, params, prompts, mask, jax.random.key(1), group_size=20, max_length=L)
-        recomputed = policies.token_logprobs(policy, params, prompts, result.completions, result.mask, prompt_mask=mask)
+        result, recomputed = draw(jax.random.key(1))
     assert result.logprobs.dtype == jnp.float32
     mismatch = metrics.logprob_mismatch(result.logprobs, recomputed, result.mask)
     assert 0 < mismatch["logprob_mismatch/max_abs"] <= metrics.logprob_tolerance(jnp.float32) <= 1e-5
@@ -284,9 +293,20 @@ def test_a_completion_is_the_same_in_every_batch(name, whole):
 def test_draws_differ_by_member_stream_step_and_key(whole):
     prompts, mask = prompts_of()
     draw = jax.jit(
-        lambda params, key, stream, step: generate(
-            POLICIES["tabular"], params, prompts, mask, key, stream=stream, step=step, group_size=40, max_length=L, end_token=END
-        ).completions
+        lambda params, key, stream, step: (
+            generate(
+                POLICIES["tabular"],
+                params,
+                prompts,
+                mask,
+                key,
+                stream=stream,
+                step=step,
+                group_size=40,
+                max_length=L,
+                end_token=END,
+            ).completions
+        )
     )
     draws = [draw(params_of("tabular"), jax.random.key(k), *x) for k, *x in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     np.testing.assert_array_equal(draws[0], whole["tabular"].completions)
@@ -433,13 +453,17 @@ def test_errors_name_the_argument(options, complaint):
 
 
 def test_rows_of_a_cache_are_an_axis_of_their_own():
-    policy = POLICIES["cached"]._replace(init_cache=lambda params, num_rows, capacity: {"kv": jnp.zeros((2 * num_rows, capacity))})
+    policy = POLICIES["cached"]._replace(
+        init_cache=lambda params, num_rows, capacity: {"kv": jnp.zeros((2 * num_rows, capacity))}
+    )
     with pytest.raises(ValueError, match=r"cache\['kv'\] has shape \(6, 3\) for 3 rows"):
         generate(policy, params_of("cached"), jnp.zeros((3, 1), int), None, jax.random.key(0), group_size=2, max_length=3)
 
 
 def test_mismatch_and_its_tolerance():
-    mismatch = metrics.logprob_mismatch(jnp.array([[-1.0, -2.0, jnp.nan]]), jnp.array([[-1.5, -1.75, 0.0]]), jnp.array([[1, 1, 0]]))
+    mismatch = metrics.logprob_mismatch(
+        jnp.array([[-1.0, -2.0, jnp.nan]]), jnp.array([[-1.5, -1.75, 0.0]]), jnp.array([[1, 1, 0]])
+    )
     assert {k: float(v) for k, v in mismatch.items()} == {"logprob_mismatch/mean_abs": 0.375, "logprob_mismatch/max_abs": 0.5}
     with pytest.raises(ValueError, match="recomputed has shape"):
         metrics.logprob_mismatch(jnp.zeros((1, 2)), jnp.zeros((2, 2)))

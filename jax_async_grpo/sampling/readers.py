@@ -18,8 +18,8 @@ class Reader(NamedTuple):
 
     Attributes:
       state: what is read so far: all of every prompt but its last token.
-      read: `read(state, tokens[R], positions[R], alive[R]) -> (hidden[R, D], state)` reads a token more in every row. A row that
-        is not alive reads padding.
+      read: `read(state, tokens[R], positions[R], alive[R]) -> (hidden[R, D], state)` reads a token more in every row.
+        A row that is not alive reads padding.
       tokens: [R] int32, the last token of every prompt.
       positions: [R] int32, its position.
     """
@@ -71,9 +71,7 @@ def _cached(policy: Policy, params: Params, tokens: jax.Array, start: jax.Array,
 
     def read(cache, tokens, positions, alive):
         segments = alive.astype(jnp.int32)[:, None]
-        hidden, cache = policy.apply(
-            params, tokens[:, None], positions=positions[:, None], segment_ids=segments, cache=cache
-        )
+        hidden, cache = policy.apply(params, tokens[:, None], positions=positions[:, None], segment_ids=segments, cache=cache)
         return hidden[:, 0], cache
 
     return cache, read
