@@ -70,7 +70,6 @@ def cached_attention(vocab_size=V, width=8, num_layers=2, longest=32, dtype=jnp.
 
 POLICIES = {
     "tabular": policies.tabular(V, 2, init_scale=1.0),
-    "mlp": policies.mlp(V, 3, width=8),
     "logits": policies.from_logits(lambda table, tokens: table[tokens], lambda key: jax.random.normal(key, (V, V))),
     "decoder": policies.decoder(V, num_layers=1, width=8, num_heads=1, dtype=jnp.float64),
     "cached": cached_attention(),
@@ -321,7 +320,7 @@ def test_nearby_parameters_share_most_tokens(whole):
     draw = jax.jit(lambda params, key: generate(POLICIES["cached"], params, prompts, mask, key, group_size=40, max_length=L))
     same, near, far = (draw(*x).completions for x in _coupled_and_not(params_of("cached"), moved))
     share = [np.mean(np.all(same == other, axis=-1)) for other in (near, far)]
-    assert share[0] > 0.8 and share[1] < 0.1
+    assert share[0] > 0.5 and share[1] < 0.05
 
 
 def _coupled_and_not(params, moved):
