@@ -48,21 +48,21 @@ def cached_attention(vocab_size=V, width=8, num_layers=2, longest=32, dtype=jnp.
         x = params["embedding"][tokens] + params["place"][positions]
         sees = visibility(tokens, segment_ids=segment_ids, attention_mask=attention_mask)
         if cache is not None:
-            start, inputs = cache["length"], []
-            valid = jax.lax.dynamic_update_slice(cache["valid"], segment_ids != 0, (0, start))
+            start, zero, inputs = cache["length"], jnp.zeros((), jnp.int32), []
+            valid = jax.lax.dynamic_update_slice(cache["valid"], segment_ids != 0, (zero, start))
             own = start + jnp.arange(tokens.shape[1])[:, None]
             column = jnp.arange(valid.shape[1])
             sees = (column <= own) & (valid[:, None] | (column == own))
         for layer in range(num_layers):
             before = x
             if cache is not None:
-                before = jax.lax.dynamic_update_slice(cache["inputs"][layer], x, (0, start, 0))
+                before = jax.lax.dynamic_update_slice(cache["inputs"][layer], x, (zero, start, zero))
                 inputs.append(before)
             query, key, value = x @ params["query"][layer], before @ params["key"][layer], before @ params["value"][layer]
             scores = jnp.where(sees, query @ jnp.swapaxes(key, 1, 2) / width, -1e9)
             x = jnp.tanh(x + jax.nn.softmax(scores) @ value)
         if cache is not None:
-            cache = {"inputs": jnp.stack(inputs), "valid": valid, "length": start + tokens.shape[1]}
+            cache = {"inputs": jnp.stack(inputs), "valid": valid, "length": start + jnp.int32(tokens.shape[1])}
         return x, cache
 
     return Policy(init, apply, lambda params: params["out"], init_cache=init_cache)
@@ -70,7 +70,6 @@ def cached_attention(vocab_size=V, width=8, num_layers=2, longest=32, dtype=jnp.
 
 POLICIES = {
     "tabular": policies.tabular(V, 2, init_scale=1.0),
-    "mlp": policies.mlp(V, 3, width=8),
     "logits": policies.from_logits(lambda table, tokens: table[tokens], lambda key: jax.random.normal(key, (V, V))),
     "decoder": policies.decoder(V, num_layers=1, width=8, num_heads=1, dtype=jnp.float64),
     "cached": cached_attention(),
@@ -79,7 +78,7 @@ POLICIES = {
 
 @functools.cache
 def params_of(name):
-    return POLICIES[name].init(jax.random.key(3))
+    return jax.jit(POLICIES[name].init)(jax.random.key(3))
 
 
 def prompts_of(num=B, seed=0):
@@ -112,18 +111,21 @@ def test_threefry_is_that_of_jax():
 
 
 def test_noise_is_exponential_and_stands_where_its_address_says():
-    keys = completion_keys(jax.random.key(0), 0, 0, jnp.arange(2), 2).reshape(4, 2)
-    noise = exponential_noise(keys, 3, 5000)
-    assert noise.dtype == jnp.float32
+    keys = jax.jit(completion_keys, static_argnums=4)(jax.random.key(0), 0, 0, jnp.arange(2), 2).reshape(4, 2)
+    draw = jax.jit(exponential_noise, static_argnums=2)
+    noise = np.asarray(draw(keys, 3, 5000))
+    assert noise.dtype == np.float32
     assert scipy.stats.kstest(np.asarray(noise).ravel(), "expon").pvalue > LEVEL
-    np.testing.assert_array_equal(exponential_noise(keys[1:2], 3, 100), noise[1:2, :100])
-    others = [exponential_noise(keys, 4, 5000), noise[[1, 0, 3, 2]], noise[[2, 3, 0, 1]]]
+    np.testing.assert_array_equal(draw(keys[1:2], 3, 100), noise[1:2, :100])
+    others = [draw(keys, 4, 5000), noise[[1, 0, 3, 2]], noise[[2, 3, 0, 1]]]
     assert all(abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 0.03 for other in others)
 
 
 def test_every_part_of_the_address_gives_another_key():
+    fold = jax.jit(completion_keys, static_argnums=4)
+
     def keys(seed=0, stream=0, step=0, prompts=(0, 1)):
-        return completion_keys(jax.random.key(seed), stream, step, jnp.array(prompts), 3).reshape(-1, 2).tolist()
+        return fold(jax.random.key(seed), stream, step, jnp.array(prompts), 3).reshape(-1, 2).tolist()
 
     addresses = [keys(), keys(seed=1), keys(stream=1), keys(step=1), keys(prompts=(2, 3)), keys(stream=1, step=1)]
     assert len({tuple(key) for rows in addresses for key in rows}) == 6 * len(addresses)
@@ -136,9 +138,9 @@ def test_every_part_of_the_address_gives_another_key():
 @pytest.mark.parametrize("name", ["tabular", "cached"])
 def test_completions_have_the_probabilities_of_the_policy(name):
     task = tasks.digit_sum(num_prompts=2, num_digits=2, base=5, variable_length=True)  # V = 7, the end is 6
-    logprobs = policies.completion_logprobs(
-        POLICIES[name], params_of(name), task.prompts, task.completions, task.mask, allowed=task.allowed
-    )
+    strings = (task.prompts, task.completions, task.mask)
+    enumerate_all = jax.jit(lambda p: policies.completion_logprobs(POLICIES[name], p, *strings, allowed=task.allowed))
+    logprobs = enumerate_all(params_of(name))
     options = dict(group_size=5000, max_length=2, end_token=task.end_token, allowed=task.allowed)
     result = drawn(name, task.prompts, task.prompt_mask, **options)
     same = (result.completions[:, :, None] == task.completions) | ~task.mask
@@ -148,7 +150,7 @@ def test_completions_have_the_probabilities_of_the_policy(name):
         expected = 5000 * np.exp(np.asarray(logprobs[prompt]).sum(axis=-1))
         counts = index[prompt].sum(axis=0)
         rare = expected < 5
-        cells = [np.append(x[~rare], x[rare].sum()) for x in (counts, expected)]
+        cells = [np.append(x[~rare], [x[rare].sum()] * int(rare.any())) for x in (counts, expected)]
         assert scipy.stats.chisquare(*cells).pvalue > LEVEL
 
 
@@ -204,8 +206,8 @@ def logits_of(name, prompts, mask, completions):
         prompt[:, : valid.sum()] = tokens[valid]
     before = mask.sum(axis=1)[:, None, None] + np.arange(L)
     np.put_along_axis(rows, np.broadcast_to(before, completions.shape), completions, axis=-1)
-    hidden, _ = POLICIES[name].apply(params_of(name), jnp.asarray(rows.reshape(-1, P + L)))
-    logits = np.asarray(hidden @ POLICIES[name].unembed(params_of(name))).reshape(B, group, P + L, V)
+    apply = jax.jit(lambda params, rows: POLICIES[name].apply(params, rows)[0] @ POLICIES[name].unembed(params))
+    logits = np.asarray(apply(params_of(name), rows.reshape(-1, P + L))).reshape(B, group, P + L, V)
     return np.take_along_axis(logits, before[..., None] - 1, axis=2)
 
 
@@ -234,9 +236,9 @@ def test_logprobs_are_those_that_the_learner_recomputes(name):
     allowed = np.ones((L, V), bool)
     allowed[1, 2:5] = allowed[3, :3] = False
     result = drawn(name, prompts, mask, allowed=allowed)
-    recomputed = policies.token_logprobs(
-        POLICIES[name], params_of(name), prompts, result.completions, result.mask, prompt_mask=mask, allowed=allowed
-    )
+    options = dict(prompt_mask=mask, allowed=allowed)
+    recompute = jax.jit(lambda *arrays: policies.token_logprobs(POLICIES[name], *arrays, **options))
+    recomputed = recompute(params_of(name), prompts, result.completions, result.mask)
     np.testing.assert_array_equal(result.logprobs, result.policy_logprobs)
     np.testing.assert_allclose(result.logprobs, recomputed, atol=1e-11)
     assert not result.mask.all() and result.mask.any(axis=-1).all()
@@ -247,11 +249,17 @@ def test_logprobs_are_those_that_the_learner_recomputes(name):
 
 def test_single_precision_stays_within_the_tolerance():
     policy = cached_attention(dtype=jnp.float32)
-    params = policy.init(jax.random.key(0))
     prompts, mask = prompts_of()
+
+    @jax.jit
+    def draw(key):
+        params = policy.init(key)
+        result = generate(policy, params, prompts, mask, key, group_size=20, max_length=L)
+        again = policies.token_logprobs(policy, params, prompts, result.completions, result.mask, prompt_mask=mask)
+        return result, again
+
     with jax.default_matmul_precision("highest"):
-        result = generate(policy, params, prompts, mask, jax.random.key(1), group_size=20, max_length=L)
-        recomputed = policies.token_logprobs(policy, params, prompts, result.completions, result.mask, prompt_mask=mask)
+        result, recomputed = draw(jax.random.key(1))
     assert result.logprobs.dtype == jnp.float32
     mismatch = metrics.logprob_mismatch(result.logprobs, recomputed, result.mask)
     assert 0 < mismatch["logprob_mismatch/max_abs"] <= metrics.logprob_tolerance(jnp.float32) <= 1e-5
@@ -312,7 +320,7 @@ def test_nearby_parameters_share_most_tokens(whole):
     draw = jax.jit(lambda params, key: generate(POLICIES["cached"], params, prompts, mask, key, group_size=40, max_length=L))
     same, near, far = (draw(*x).completions for x in _coupled_and_not(params_of("cached"), moved))
     share = [np.mean(np.all(same == other, axis=-1)) for other in (near, far)]
-    assert share[0] > 0.8 and share[1] < 0.1
+    assert share[0] > 0.5 and share[1] < 0.05
 
 
 def _coupled_and_not(params, moved):

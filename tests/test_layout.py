@@ -55,6 +55,7 @@ FLOORS = {
         "invariants",
     },
     "jobs": {
+        "training",
         "audit",
         "audit_points",
         "audit_summary",

@@ -26,8 +26,8 @@ def sampling_logits(
       [..., V], −inf outside; not normalized.
 
     Example:
-      >>> sampling_logits(jnp.log(jnp.array([0.2, 0.5, 0.3])), top_p=0.7).round(2).tolist()
-      [-inf, -0.6899999976158142, -1.2000000476837158]
+      >>> jax.nn.softmax(sampling_logits(jnp.log(jnp.array([0.2, 0.5, 0.3])), top_p=0.7)).round(3).tolist()
+      [0.0, 0.625, 0.375]
     """
     logits = logits / jnp.asarray(temperature, logits.dtype)
     if top_k is None and top_p is None:

@@ -107,7 +107,8 @@ def generate(
       >>> from jax_async_grpo import policies
       >>> policy = policies.tabular(vocab_size=4, context_length=2)
       >>> params = policy.init(jax.random.key(0))
-      >>> drawn = generate(policy, params, jnp.array([[0, 1]]), None, jax.random.key(1), group_size=3, max_length=5, end_token=2)
+      >>> prompts, sizes = jnp.array([[0, 1]]), dict(group_size=3, max_length=5)
+      >>> drawn = generate(policy, params, prompts, None, jax.random.key(1), end_token=2, **sizes)
       >>> drawn.completions.shape, bool((drawn.logprobs == drawn.policy_logprobs).all())
       ((1, 3, 5), True)
     """

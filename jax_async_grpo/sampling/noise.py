@@ -1,8 +1,8 @@
 """Random numbers by address: the noise of a vocabulary entry is a function of where it stands, and of nothing else.
 
-Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), the cipher behind JAX's default keys, maps (key of a completion; position,
-vocabulary index) to 32 bits. `jax.random` is not used for this last step: on a CPU its loop over the rounds is not fused, and
-noise for 32k entries would cost several times as much as the logits it is added to. Written out it fuses into the choice.
+Threefry-2x32 with 20 rounds (Salmon et al., SC 2011), the cipher behind JAX's default keys, maps (key of a completion;
+position, vocabulary index) to 32 bits. `jax.random` is not used for this last step: on a CPU its loop over the rounds is not
+fused, and noise for 32k entries would cost several times as much as their logits. Written out it fuses into the choice.
 """
 
 from __future__ import annotations

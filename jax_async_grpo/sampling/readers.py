@@ -18,8 +18,8 @@ class Reader(NamedTuple):
 
     Attributes:
       state: what is read so far: all of every prompt but its last token.
-      read: `read(state, tokens[R], positions[R], alive[R]) -> (hidden[R, D], state)` reads a token more in every row. A row that
-        is not alive reads padding.
+      read: `read(state, tokens[R], positions[R], alive[R]) -> (hidden[R, D], state)` reads a token more in every row.
+        A row that is not alive reads padding.
       tokens: [R] int32, the last token of every prompt.
       positions: [R] int32, its position.
     """
