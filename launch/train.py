@@ -13,7 +13,8 @@ from absl import flags
 
 from jax_async_grpo import records, training, workdir_lock
 from jax_async_grpo.checkpoint import Checkpoints
-from launch import command_line, training_monitor
+from jax_async_grpo.training import monitor as training_monitor
+from launch import command_line
 
 flags.adopt_module_key_flags(command_line)  # --help shows them
 

@@ -13,7 +13,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from jax_async_grpo import records, training
+from jax_async_grpo import records
+from jax_async_grpo.training.setup import TrainJob
 
 __all__ = ["Monitor", "Stop", "stop_signals"]
 
@@ -56,7 +57,7 @@ class Monitor:
       workdir: TensorBoard's files go to its folder `tensorboard`.
     """
 
-    def __init__(self, job: training.TrainJob, workdir: records.Workdir):
+    def __init__(self, job: TrainJob, workdir: records.Workdir):
         config = job.config
         self._tokens_a_row = config["num_prompts"] * config["group_size"]
         self._total, self._folder, self._writer = config["num_updates"], workdir.path / "tensorboard", None
