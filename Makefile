@@ -11,7 +11,7 @@ IS_SUPPORTED := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 .NOTPARALLEL:
 .DEFAULT_GOAL := help
 # The studies in the order in which they run: some read the records of earlier ones.
-STUDIES := delay horizon collapse cycles long_runs variables warnings prediction
+STUDIES := delay horizon collapse cycles long_runs variables warnings prediction second_prediction
 # The systems that `make parity` compares with need torch and a few GB: they have an environment of their own.
 PARITY_VENV := .venv-parity
 PARITY_RUN := $(PARITY_VENV)/bin/python

@@ -30,7 +30,7 @@ __all__ = ["Anchor", "HorizonRun", "Plan", "Probe", "make_plan"]
 STATUSES = ("found", "none", "censored", "ill-defined")
 _MODEL_ERROR = {"policy": 0.35, "parameters": 0.5}  # nats; scatter of η_80 about the form, beyond the anchors' intervals
 _HORIZON_ERROR = 0.14  # nats, of t_c·η
-_NO_ANCHOR_ERROR = 0.75  # nats, of an estimate without anchors
+_NO_ANCHOR_ERROR = 2.2  # nats, of an estimate without anchors (docs/laws/second_prediction.md)
 _TV_AT_BOUNDARY = 0.5  # total variation of completions, continued in proportion to η: its median over docs/laws/prediction.md
 _LARGEST_TV = 0.25  # of a probe: beyond it total variation no longer grows as η
 _EXTRAPOLATION = 4.0  # times the anchor's S, and times the anchors' T
@@ -366,7 +366,9 @@ def _without_anchors(wanted, measured, probe, horizon_run) -> Plan:
     """An order of magnitude: total variation grows as η, up to a rough constant at the boundary."""
     if probe is None:
         raise ValueError("neither anchors nor a probe are given; there is nothing to plan from")
-    notes = ["an order of magnitude only: without anchors nothing places the boundary"]
+    notes = [
+        "an order of magnitude at best: without anchors nothing places the boundary, tests missed by 3x and, one in ten, 60x"
+    ]
     horizon_limit = _horizon_limit(horizon_run, wanted["horizon"], notes)
     if probe.total_variation is None:
         reason = "r is 1 without lag" if wanted["max_staleness"] == 0 else "the probe has no total variation"

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import warnings
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ __all__ = [
     "Workdir",
     "append_jsonl",
     "atomic_path",
+    "compress_jsonl",
     "open_workdir",
     "read_json",
     "read_jsonl",
@@ -143,14 +146,20 @@ def append_jsonl(path: str | os.PathLike, rows: Iterable[Mapping[str, Any]]) -> 
 def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of `path` in order, non-finite floats restored; [] if there is no file.
 
-    A last line that a crash cut off is skipped with a warning.
+    Rows that were put away in `path` + ".gz" (`compress_jsonl`) come first. A last line that a crash cut off is skipped with a
+    warning.
 
     Raises:
-      ValueError: a line before the last is not JSON: the file was damaged by something else.
+      ValueError: a line before the last is not JSON, or the compressed file is no gzip file: it was damaged by something else.
     """
-    if not os.path.exists(path):
+    packed = Path(f"{path}.gz")
+    try:
+        before = gzip.decompress(packed.read_bytes()) if packed.exists() else b""
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{packed} is no whole gzip file ({error})") from None
+    if not os.path.exists(path) and not packed.exists():
         return []
-    *lines, tail = Path(path).read_bytes().split(b"\n")
+    *lines, tail = (before + (Path(path).read_bytes() if os.path.exists(path) else b"")).split(b"\n")
     if tail and _is_json(tail):
         lines.append(tail)
     elif tail:
@@ -162,6 +171,23 @@ def read_jsonl(path: str | os.PathLike) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{path}:{number} is not JSON ({error})") from None
     return rows
+
+
+def compress_jsonl(path: str | os.PathLike) -> Path:
+    """Puts the rows of a finished run away in `path` + ".gz", a fifth of the size, and removes `path`; returns the new file.
+
+    Rows that are compressed already stay in front. `read_jsonl` reads both, `append_jsonl` begins a new file.
+
+    Raises:
+      ValueError: as `read_jsonl`.
+    """
+    rows = read_jsonl(path)
+    packed = Path(f"{path}.gz")
+    text = "".join(json.dumps(to_plain(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+    with atomic_path(packed) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode(), mtime=0))  # the same rows, the same bytes
+    Path(path).unlink(missing_ok=True)
+    return packed
 
 
 def truncate_jsonl(path: str | os.PathLike, keep: Callable[[dict[str, Any]], bool]) -> int:
@@ -270,7 +296,7 @@ def open_workdir(
         path.mkdir(parents=True, exist_ok=True)
         resumed = not overwrite and _holds_same_run(path, json.loads(text), figures)
         if overwrite:
-            for name in ("metrics.jsonl", "summary.json", "report.html", *figures):
+            for name in ("metrics.jsonl", "metrics.jsonl.gz", "summary.json", "report.html", *figures):
                 (path / name).unlink(missing_ok=True)
         write_json(path / "config.json", config)  # on resuming too: it proves that the folder can be written
     except OSError as error:

@@ -358,3 +358,21 @@ def test_a_workdir_cuts_its_own_rows(tmp_path):
     workdir.append_metrics([{"kind": "train", "step": step} for step in range(4)])
     assert workdir.truncate_rows("metrics.jsonl", lambda row: row["step"] <= 1) == 2
     assert [row["step"] for row in workdir.read_metrics()] == [0, 1]
+
+
+def test_rows_that_were_put_away_come_first_and_new_ones_behind(tmp_path):
+    """Compressing loses nothing, twice gives the same bytes, and a run can go on behind it."""
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"kind": "cell", "value": 0.1 * k, "odd": math.inf if k == 3 else None} for k in range(50)]
+    records.append_jsonl(path, rows[:30])
+    packed = records.compress_jsonl(path)
+    first = packed.read_bytes()
+    assert not path.exists() and packed.name == "metrics.jsonl.gz" and records.read_jsonl(path) == rows[:30]
+    assert records.compress_jsonl(path).read_bytes() == first
+    records.append_jsonl(path, rows[30:])
+    assert records.read_jsonl(path) == rows
+    records.compress_jsonl(path)
+    assert not path.exists() and records.read_jsonl(path) == rows
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="metrics.jsonl.gz is no whole gzip file"):
+        records.read_jsonl(path)

@@ -151,6 +151,6 @@ def test_the_page_and_the_summary_are_what_the_records_say(name):
     assert studies.page_text(study, result, f"records/{name}") == page.read_text()
     named = re.findall(r"\]\((records/[^)]+)\)", page.read_text())
     assert named and all((page.parent / path).exists() for path in named)
-    size = (folder / "metrics.jsonl").stat().st_size  # whole runs of every seed; git packs them to a quarter
-    assert size < 7e6
-    assert sum(path.stat().st_size for path in folder.iterdir()) < size + 1.1e6
+    # whole runs of every seed are put away compressed
+    assert sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith("metrics.jsonl")) < 2.5e6
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3.6e6

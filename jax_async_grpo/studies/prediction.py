@@ -42,6 +42,7 @@ _MEASURES = {  # of the stale rollouts of a probe; each is made proportional to 
     "sqrt_ess": ("off_policy/ess_ratio", lambda x: 1 / math.sqrt(x) - 1),
 }
 
+_NUM_BOOTSTRAP = 2000
 _FEWEST = 12  # settings below which nothing is said to hold
 
 pieces = sweep_pieces
@@ -87,6 +88,7 @@ def summary(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], source
     return {
         "settings": settings,
         "scores": scores,
+        "differences": {rival: _difference(judged, rival) for rival in ("log_log", "constant", "sqrt_msd")},
         "statuses": _statuses(settings),
         "checks": _checks(judged, scores["all"], config["criteria"], config["sweep"]["level"]),
         "seen_before": config["seen_before"],
@@ -253,6 +255,33 @@ def _scores(settings) -> dict[str, dict[str, float]]:
     }
 
 
+def _difference(settings, rival: str) -> dict[str, Any] | None:
+    """Median |ln error| of the planner minus the rival's; its 90 % bootstrap interval over pairs of anchors, not settings."""
+    usable = [s for s in settings if s["truth"]["status"] == "found" and s["rules"]]
+    if not usable:
+        return None
+    names = sorted({(s["world"], s["algorithm"]) for s in usable})
+    errors = {
+        name: np.array(
+            [
+                [abs(math.log(s["rules"][rule] / s["truth"]["eta_80"])) for rule in ("planner", rival)]
+                for s in usable
+                if (s["world"], s["algorithm"]) == name
+            ]
+        )
+        for name in names
+    }
+
+    def difference(chosen) -> float:
+        mine, other = np.median(np.concatenate([errors[names[k]] for k in chosen]), axis=0)
+        return float(mine - other)
+
+    rng = np.random.default_rng(0)
+    draws = [difference(rng.integers(0, len(names), len(names))) for _ in range(_NUM_BOOTSTRAP)]
+    low, high = np.quantile(draws, [0.05, 0.95]).tolist()
+    return dict(value=difference(range(len(names))), interval=[low, high], groups=len(names))
+
+
 def _statuses(settings) -> list[dict[str, Any]]:
     """How often each word of the plan met each word of the truth."""
     pairs = [(s["plan"]["status"] if s["plan"] else _word(s["anchors"]), s["truth"]["status"]) for s in settings]
@@ -260,7 +289,7 @@ def _statuses(settings) -> list[dict[str, Any]]:
 
 
 def _word(words: Mapping[int, str]) -> str:
-    return next(word for word in ("none", "ill-defined", "censored") if word in words.values())
+    return next((word for word in ("none", "ill-defined", "censored") if word in words.values()), "no probe")
 
 
 def _widths(settings) -> dict[str, float]:

@@ -64,6 +64,7 @@ def page(summary: Mapping[str, Any]) -> str:
                     for c in checks
                 ],
             ),
+            _about_differences(summary),
             "## Errors of every rule",
             "abs ln(predicted η_80 / true η_80), over settings in which the truth and both anchors are numbers; .69 is a "
             "factor of 2. All rules see the same anchors. Without them "
@@ -154,6 +155,23 @@ def _about_rivals(summary) -> str:
     return (
         f"A smaller median error than the planner's {mine:.2f} have: {said}. To choose a rule by these scores and report its "
         "error on them would be to select by outcome, so the planner keeps the form that was declared."
+    )
+
+
+def _about_differences(summary) -> str:
+    """The planner beside its main rivals, with what the number of anchors allows to say."""
+    said = [
+        f"{_WORDS[rival]} {d['value']:+.2f} [{d['interval'][0]:+.2f}, {d['interval'][1]:+.2f}]"
+        for rival, d in summary["differences"].items()
+        if d is not None
+    ]
+    if not said:
+        return "No setting has a number for the planner and its rivals."
+    groups = next(d["groups"] for d in summary["differences"].values() if d is not None)
+    return (
+        f"Median error of the planner minus that of a rival, with 90 % bootstrap intervals over the {groups} pairs of anchors: "
+        f"{'; '.join(said)}. Where the interval holds 0 the two cannot be told apart here; the criteria above are about the "
+        "numbers themselves, as they were declared."
     )
 
 
