@@ -407,6 +407,8 @@ def test_hostile_text_is_not_run_by_math_verify(math_verify, tmp_path):
         scores = {text: [verify(text) for verify in verifiers] for text in hostile_texts(tmp_path)}
         scores |= {text: [verify(text) for verify in verifiers] for text in (*SHAPES, "1e9", "1E9", "e5", "1,3", r"12,345 \pi")}
     assert {text for text, rewards in scores.items() if any(rewards)} == set()
+    # sympy compiles templates of its own ("def monomial_mul(A, B): ...") when it first needs them
+    calls = [call for call in calls if not call[1].startswith("def monomial_")]
     assert calls == [] and not list(tmp_path.iterdir()) and time.process_time() - began < 10
     for text, config in (("1/2+3", math_verify.ExprExtractionConfig()), ("$x+41$", math_verify.LatexExtractionConfig())):
         with executed() as calls:

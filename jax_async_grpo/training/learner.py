@@ -188,14 +188,18 @@ def _loss_and_gradient(learner: Learner, params: Params, batch: Batch) -> tuple[
         batch, advantages = part
         (loss, logprobs), gradient = _part(learner, params, batch, advantages)
         share = _count(learner, batch.rollouts.mask) / total
-        return jax.tree.map(lambda kept, leaf: kept + share * leaf, sums, (loss, gradient)), logprobs
+        return jax.tree.map(lambda kept, leaf: kept + (share * leaf).astype(leaf.dtype), sums, (loss, gradient)), logprobs
 
     def cut(leaf):
         # every part takes every steps-th prompt, so that each stays spread over the devices as the batch is
         return jnp.swapaxes(leaf.reshape(-1, steps, *leaf.shape[1:]), 0, 1)
 
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    (loss, gradient), logprobs = jax.lax.scan(accumulate, zeros, jax.tree.map(cut, (batch, advantages)))
+    parts = jax.tree.map(cut, (batch, advantages))
+    (loss, _), gradient = jax.eval_shape(
+        lambda *part: _part(learner, params, *part), *jax.tree.map(lambda leaf: leaf[0], parts)
+    )
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (loss, gradient))
+    (loss, gradient), logprobs = jax.lax.scan(accumulate, zeros, parts)
     return loss, gradient, jnp.swapaxes(logprobs, 0, 1).reshape(batch.old_logprobs.shape)
 
 
