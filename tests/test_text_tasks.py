@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import importlib
 import inspect
 import json
 import re
@@ -402,6 +403,7 @@ def hostile_texts(folder):
 def test_hostile_text_is_not_run_by_math_verify(math_verify, tmp_path):
     verifiers = [math_answers.math_verifier(reference) for reference in ("72", r"\frac{x+1}{2}", "x^2", "(1, 2)")]
     assert [verify(answer) for verify, answer in zip(verifiers, ("72", "(x+1)/2", "x*x", "(1,2)"), strict=True)] == [1.0] * 4
+    importlib.import_module("sympy.physics.units")  # sympy imports it late, and evaluates strings of its own there
     began = time.process_time()
     with executed() as calls:
         scores = {text: [verify(text) for verify in verifiers] for text in hostile_texts(tmp_path)}
@@ -413,7 +415,7 @@ def test_hostile_text_is_not_run_by_math_verify(math_verify, tmp_path):
     for text, config in (("1/2+3", math_verify.ExprExtractionConfig()), ("$x+41$", math_verify.LatexExtractionConfig())):
         with executed() as calls:
             math_verify.parse(text, [config], parsing_timeout=None)
-        assert "eval" in dict(calls), text  # the paths that are not taken; so the spies see them
+        assert {"eval", "compile"} & set(dict(calls)), text  # the paths that are not taken; so the spies see them
 
 
 SHAPES = (
