@@ -275,3 +275,25 @@ def test_too_many_bad_updates_end_a_run_and_keep_the_last_good_checkpoint(tmp_pa
         trained(tmp_path / "run", config)
     rows = [json.loads(line) for line in metrics_of(tmp_path / "run").splitlines()]
     assert [row["update/is_finite"] for row in rows if row["kind"] == "update"] == [1, 0, 0]
+
+
+def test_a_control_transformation_keeps_a_run_within_its_radius(tmp_path):
+    """‖θ_t − φ_t‖ stays within R at every update; without it the same run leaves it."""
+    radius = 0.05
+    control = dict(
+        optimizer__control="jax_async_grpo.control.limit_staleness_drift",
+        optimizer__control_options__radius=radius,
+        optimizer__control_options__max_staleness=2,
+    )
+    drifts = {}
+    for name, changes in (("free", {}), ("limited", control)):
+        trained(tmp_path / name, tiny_config(staleness__max=2, **changes))
+        rows = records.read_jsonl(tmp_path / name / "metrics.jsonl")
+        drifts[name] = max(row["drift/from_behavior"] for row in rows if row["kind"] == "update")
+    assert drifts["limited"] <= radius * (1 + 1e-5) < drifts["free"]
+
+
+def test_recomputed_denominators_are_the_recorded_ones_up_to_rounding(tmp_path, whole):
+    other = trained(tmp_path / "run", tiny_config(staleness__max=2, denominator="recomputed"))
+    for one, two in zip(jax.tree.leaves(whole[2].state.train.params), jax.tree.leaves(other.state.train.params), strict=True):
+        np.testing.assert_allclose(one, two, atol=1e-4)
