@@ -26,7 +26,7 @@ import numpy as np
 from jax_async_grpo import policies, sampling
 
 VOCABULARY, WIDTH, LAYERS, HEADS, MLP_WIDTH = 32_000, 256, 4, 4, 688
-ROPE_BASE, EPSILON = 10_000.0, 1e-6
+ROPE_BASE, EPSILON = 1e6, 1e-6  # the base of tunix, whose attention takes no other
 ROWS, PROMPT_LENGTH, LENGTH = 32, 32, 128
 REQUIRED = {"tunix": 1.3, "hugging face": 2.0}
 PAD, NEVER = 0, VOCABULARY + 7  # an end token that no row draws

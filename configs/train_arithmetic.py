@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.precision = "float32"
-    config.num_updates = 800  # T
+    config.num_updates = 1200  # T
     config.num_prompts = 64  # B, a batch
     config.group_size = 8  # G
     config.updates_per_batch = 1  # above 1 data are reused, and the bias is no longer that of independent rollouts
@@ -37,8 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
         name="optax.adam",
         learning_rate=1e-3,  # η, the largest where a schedule scales it
         options=_dict(),
-        schedule="",  # e.g. optax.warmup_constant_schedule with init_value=0, peak_value=1
-        schedule_options=_dict(),
+        schedule="optax.cosine_decay_schedule",  # of η's factor; "" = constant
+        schedule_options=_dict(init_value=1.0, decay_steps=1200, alpha=0.1),
         before=(("optax.clip_by_global_norm", {"max_norm": 1.0}),),
         control="",  # e.g. jax_async_grpo.control.limit_staleness_drift, behind the optimizer
         control_options=_dict(),
@@ -49,12 +49,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.policy_options = _dict(num_layers=2, width=64, num_heads=4)
     config.task = "jax_async_grpo.tasks.digit_text"
     config.task_options = _dict(num_prompts=5000, num_digits=2, base=10)  # "07+58" -> "65"
-    config.num_heldout = 64
+    config.num_heldout = 128
     config.warm_start = _dict(num_updates=2000, num_prompts=64, learning_rate=1e-3, target_reward=0.3, every=10)
     config.sampling = _dict(temperature=1.0, top_k=0, top_p=1.0)  # 0 and 1 are all tokens
     config.verifier = _dict(num_threads=2, time_limit=5.0)  # seconds a sample
-    config.evaluation = _dict(every=25, num_samples=4, greedy=False)
-    config.bias = _dict(every=25, num_blocks=8, ess_threshold=0.8)  # 0 = not measured
+    config.evaluation = _dict(every=50, num_samples=4, greedy=False)
+    config.bias = _dict(every=50, num_blocks=8, ess_threshold=0.8)  # 0 = not measured
     config.checkpoint = _dict(every=100, keep_last=2, keep_best=1)
     config.mesh = _dict(data=-1, fsdp=1)  # -1: all devices that are left
     config.track = _dict(gradient_cosine=True, cumulative_drift=True)  # a copy of the parameters each

@@ -76,17 +76,20 @@ def figure(rows: Sequence[Mapping[str, Any]], folder: str | os.PathLike, title: 
     fallen = next((row["collapse/step"] for row in evaluations if row["collapse/flag"]), None)
     if fallen is not None:
         axes[0].axvline(fallen, color=_ORANGE, ls=":", label="collapse")
-    axes[1].plot(*_positive(updates, "off_policy/k3_kl"), color=_ORANGE, lw=1, label="KL of a token (k3), nats")
+    lagged = [row for row in updates if row["staleness/mean"] > 0]
+    axes[1].plot(*_positive(lagged, "off_policy/k3_kl"), color=_ORANGE, lw=0.8, alpha=0.8, label="KL of a token (k3), nats")
     axes[1].plot(*_positive(updates, "update/norm"), color=_GREEN, lw=1, label="norm of the update")
     if any(row["off_policy/k3_kl"] > 0 or row["update/norm"] > 0 for row in updates):
         axes[1].set_yscale("log")
     axes[1].set(ylabel="drift")
     if biases:
-        steps = [row["step"] for row in biases]
-        errors = [row["bias/standard_error"] for row in biases]
-        axes[2].errorbar(steps, [row["bias/norm"] for row in biases], errors, color=_BLUE, fmt="o", ms=3, lw=1, label="‖δ‖")
-        axes[2].plot(*_line(biases, "bias/detection_limit"), color="0.5", ls="--", lw=1, label="detection limit")
+        for is_detected, fill, label in ((1, _BLUE, "‖δ‖, detected"), (0, "none", "‖δ‖, estimated > 0, not detected")):
+            found = [row for row in biases if row["detected"] == is_detected]
+            axes[2].plot(*_positive(found, "bias/norm"), color=_BLUE, ls="", marker="o", ms=4, mfc=fill, label=label)
+        axes[2].plot(*_positive(biases, "bias/detection_limit"), color="0.5", ls="--", lw=1, label="detection limit")
         axes[2].set(ylabel="staleness bias of the gradient")
+        if any(row["bias/norm"] > 0 or row["bias/detection_limit"] > 0 for row in biases):
+            axes[2].set_yscale("log")
     for axis in axes:
         axis.set_xlabel("learner updates")
         axis.grid(True, color="0.92")
