@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 
 # Read when jax is imported; processes that tests start inherit it. Set it yourself to run the tests on another platform.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -28,7 +31,19 @@ def shorten_compilation() -> None:
         os.environ["XLA_FLAGS"] = chosen["XLA_FLAGS"]
 
 
+def share_compilations() -> None:
+    """Programs that several tests compile, in whichever process, are compiled once: they lie in a folder of this session."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return  # pytest's workers and the processes that tests start inherit it
+    folder = tempfile.mkdtemp(prefix="jax_async_grpo_tests_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
 shorten_compilation()
+share_compilations()
 
 import jax  # noqa: E402
 
