@@ -85,7 +85,8 @@ def limit_staleness_drift(
     0.50 0.71 0.87 1.00 1.50 1.71 1.87 2.00
 
     Args:
-      radius: R > 0, distance between parameters; inf = no limit. An array where `optax.inject_hyperparams` schedules it.
+      radius: R > 0, distance between parameters; inf = no limit. An array [] where `optax.inject_hyperparams` schedules it: one
+        that reaches 0 or less stops the run (c = 0), and a NaN shows as NaN.
       max_staleness: S ≥ 0, learner updates: the largest `staleness` that will be passed.
       exponent: α in [0, 1].
       dtype: of the kept versions, as in `staleness.create_history`; a lower precision costs that precision in the bound.
@@ -131,7 +132,7 @@ def limit_staleness_path(
     until the path fits again. The rounding of the parameters is not seen.
 
     Args:
-      radius: R > 0; inf = no limit. An array where `optax.inject_hyperparams` schedules it.
+      radius: R > 0; inf = no limit. An array [] as in `limit_staleness_drift`.
       max_staleness: S ≥ 0, learner updates: the largest `staleness` that will be passed.
       exponent: α in [0, 1].
 
@@ -202,18 +203,19 @@ def scale_by_ess(
 def _drift_scale(updates, params, history: ParamHistory, radius, window, exponent: float) -> jax.Array:
     """The largest c in [0, 1] whose θ + c u keeps every lag's bound, or takes it no farther away where it is broken."""
     peak, direction = _peak_and_direction(updates)
-    square = _inner(direction, direction)
+    square, unit = _inner(direction, direction), jnp.where(radius <= 0, 1, radius)  # of length
 
     def length(age):
         version, _ = staleness_lib.read(history, age)  # older than the first there is only the first, which counts as older
         # In units of the radius, so that nothing overflows and an infinite radius needs no case of its own.
-        gap = jax.tree.map(lambda a, b: (_wide(a) - _wide(b)) / radius, params, version)
+        gap = jax.tree.map(lambda a, b: (_wide(a) - _wide(b)) / unit, params, version)
         room = _envelope(age + 1, window, exponent) ** 2 - _inner(gap, gap)
         return jnp.where(age < window, _step_length(square, _inner(gap, direction), jnp.maximum(room, 0)), jnp.inf)
 
     lengths = jax.lax.map(length, jnp.arange(history.capacity))  # one version at a time: they may lie in host memory
     can_scale = _can_scale(peak)
-    scale = jnp.minimum(jnp.min(lengths) * radius / jnp.where(can_scale, peak, 1), 1)
+    scale = jnp.minimum(jnp.min(lengths) * unit / jnp.where(can_scale, peak, 1), 1)
+    scale = jnp.where((radius <= 0) & (window > 0), 0, scale)  # lag 1 leaves no room
     return jnp.where(can_scale, scale, 1)
 
 
@@ -257,7 +259,10 @@ def _scaled(scale, updates):
 
 
 def _limit_options(radius, exponent, max_staleness) -> tuple:
-    """R, α, S, checked; arrays are what `optax.inject_hyperparams` makes of numbers, and pass."""
+    """R, α, S, checked; arrays of one number are what `optax.inject_hyperparams` makes of numbers, and pass."""
+    for name, value in (("radius", radius), ("exponent", exponent)):
+        if isinstance(value, jax.Array) and value.ndim:
+            raise ValueError(f"{name} has shape {value.shape}; it must be one number")
     if not isinstance(radius, jax.Array):
         radius = as_positive("radius", radius, infinite=True)
     if not isinstance(exponent, jax.Array) and not 0 <= float(exponent) <= 1:

@@ -324,6 +324,21 @@ def test_the_radius_may_be_scheduled(name):
     np.testing.assert_allclose(drift(positions, 2)[[5, 8, 15, 20]], RADIUS * np.array([1, 1, 2, 2]), rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_radius_that_reaches_zero_stops_the_run_and_a_nan_shows(name):
+    """What a schedule may come to, which no check can see: to divide by it would give NaN, and by a negative one turn back."""
+    updates, params = jnp.arange(1.0, 5.0), jnp.ones(4)
+
+    @jax.jit
+    def factor(radius, lag):
+        limit = LIMITS[name](radius, 3)
+        applied, _ = limit.update(updates, limit.init(params), params, staleness=lag)
+        return applied / updates
+
+    found = [factor(radius, lag) for radius, lag in ((0.0, 3), (-1.0, 3), (np.nan, 3), (0.0, 0), (-1.0, 0))]
+    np.testing.assert_array_equal(found, np.array([[0, 0, np.nan, 1, 1]]).T * np.ones(4))
+
+
 def test_lags_of_prompts_count_by_their_largest_and_none_above_the_maximum():
     optimizer = limit_staleness_path(RADIUS, 4)
     state = optimizer.init(np.ones(4))
@@ -422,6 +437,8 @@ def test_an_update_step_passes_what_the_optimizer_asks_for():
         ({"max_staleness": -1}, r"max_staleness=-1 must be an integer >= 0"),
         ({"max_staleness": 2.5}, r"max_staleness=2.5 must be an integer >= 0"),
         ({"exponent": 1.5}, r"exponent=1.5 must lie in \[0, 1\]"),
+        ({"radius": jnp.ones(2)}, r"radius has shape \(2,\); it must be one number"),
+        ({"exponent": jnp.ones((1, 1))}, r"exponent has shape \(1, 1\); it must be one number"),
     ],
 )
 def test_options_out_of_range_are_named(limit, options, message):
