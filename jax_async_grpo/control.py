@@ -156,8 +156,10 @@ def limit_staleness_path(
         lags = jnp.arange(1, state.norms.size + 1)
         walked = jnp.cumsum(jnp.roll(state.norms, 1).at[0].set(0))  # [K], by the last 0..K−1 updates
         room = jnp.where(lags <= window, radius * _envelope(lags, window, exponent) - walked, jnp.inf)
-        taken = jnp.minimum(norm, jnp.maximum(jnp.min(room), 0))
-        scale = jnp.where(norm > 0, taken / jnp.where(norm > 0, norm, 1), 1)
+        room = jnp.maximum(jnp.min(room), 0)
+        taken = jnp.minimum(norm, room)
+        # Not norm/norm: compiled, that may be a norm times a reciprocal, which is not 1.
+        scale = jnp.where((norm <= room) | (norm == 0), 1, room / jnp.where(norm > 0, norm, 1))
         norms = jnp.roll(state.norms, 1).at[0].set(taken.astype(state.norms.dtype))
         return _scaled(scale, updates), PathState(norms, scale.astype(jnp.float32))
 
