@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jax_async_grpo import staleness as staleness_lib
-from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
+from jax_async_grpo.option_checks import as_fraction, as_integer, as_number, as_positive
 from jax_async_grpo.staleness import ParamHistory
 from jax_async_grpo.types import Params
 
@@ -94,10 +94,11 @@ def limit_staleness_drift(
 
     Returns:
       A transformation whose `update` needs `params` and `staleness=`: [] or [B] int (its maximum counts), learner updates. A
-      traced one above S counts as S. Its state is a `DriftState`.
+      traced one above S counts as S, a negative one as 0. Its state is a `DriftState`.
 
     Raises:
-      ValueError: an option out of its range; in `update`, params or staleness missing or no integer within 0..S.
+      ValueError: an option out of its range; in `update`, params or staleness missing or no integer within 0..S, or complex
+        updates (real and imaginary parts must be leaves of their own).
     """
     radius, exponent, max_staleness = _limit_options(radius, exponent, max_staleness)
 
@@ -140,7 +141,7 @@ def limit_staleness_path(
       A transformation whose `update` needs `staleness=`, with a `PathState` of max(S, 1) + 1 numbers.
 
     Raises:
-      ValueError: an option out of its range; in `update`, staleness missing or no integer within 0..S.
+      ValueError: an option out of its range; in `update`, staleness missing or no integer within 0..S, or complex updates.
     """
     radius, exponent, max_staleness = _limit_options(radius, exponent, max_staleness)
 
@@ -235,6 +236,8 @@ def _envelope(lag, window, exponent: float) -> jax.Array:
 
 def _peak_and_direction(updates) -> tuple[jax.Array, Params]:
     """(m = max |u|, u/m): the square of the direction lies in 1..number of parameters, whatever the scale of u."""
+    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in jax.tree.leaves(updates)):
+        raise ValueError("updates are complex; real and imaginary parts must be leaves of their own")
     peaks = [jnp.max(jnp.abs(_wide(leaf)), initial=0) for leaf in jax.tree.leaves(updates)]
     peak = functools.reduce(jnp.maximum, peaks, jnp.zeros((), jnp.float32))
     divisor = jnp.where(_can_scale(peak), peak, 1)
@@ -267,8 +270,8 @@ def _limit_options(radius, exponent, max_staleness) -> tuple:
             raise ValueError(f"{name} has shape {value.shape}; it must be one number")
     if not isinstance(radius, jax.Array):
         radius = as_positive("radius", radius, infinite=True)
-    if not isinstance(exponent, jax.Array) and not 0 <= float(exponent) <= 1:
-        raise ValueError(f"exponent={exponent:g} must lie in [0, 1]")
+    if not isinstance(exponent, jax.Array):
+        exponent = as_number("exponent", exponent, lambda x: 0 <= x <= 1, "lie in [0, 1]")
     return radius, exponent, as_integer("max_staleness", max_staleness, minimum=0)
 
 
@@ -281,7 +284,7 @@ def _as_window(staleness, max_staleness: int) -> jax.Array:
         raise ValueError(f"staleness is {array.dtype}{list(array.shape)}; it must be one integer or integers of shape [B]")
     if isinstance(array, np.ndarray) and not (0 <= array.min() and array.max() <= max_staleness):
         raise ValueError(f"staleness={staleness} must lie in 0..max_staleness={max_staleness}")
-    return jnp.minimum(jnp.max(array), max_staleness)
+    return jnp.clip(jnp.max(array), 0, max_staleness)
 
 
 def _as_ess(ess):

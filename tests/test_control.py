@@ -437,6 +437,12 @@ def test_an_update_step_passes_what_the_optimizer_asks_for():
         ({"max_staleness": -1}, r"max_staleness=-1 must be an integer >= 0"),
         ({"max_staleness": 2.5}, r"max_staleness=2.5 must be an integer >= 0"),
         ({"exponent": 1.5}, r"exponent=1.5 must lie in \[0, 1\]"),
+        ({"radius": None}, r"radius=None must be one number and be > 0"),
+        ({"radius": [1.0]}, r"radius=\[1.0\] must be one number"),
+        ({"radius": "a"}, r"radius='a' must be one number"),
+        ({"radius": True}, r"radius=True must be one number"),
+        ({"radius": 10**400}, r"radius=10+ must be one number"),
+        ({"exponent": None}, r"exponent=None must be one number and lie in \[0, 1\]"),
         ({"radius": jnp.ones(2)}, r"radius has shape \(2,\); it must be one number"),
         ({"exponent": jnp.ones((1, 1))}, r"exponent has shape \(1, 1\); it must be one number"),
     ],
@@ -465,6 +471,13 @@ def test_a_window_that_is_none_is_refused(limit, value, message):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2), staleness=value)
 
 
+@pytest.mark.parametrize("limit", LIMITS.values())
+def test_complex_updates_are_not_measured_by_their_real_part(limit):
+    params, updates = {"w": np.zeros(1, complex)}, {"w": np.array([4j])}
+    with pytest.raises(ValueError, match="updates are complex; real and imaginary parts must be leaves"):
+        limit(1.0, 2).update(updates, limit(1.0, 2).init(params), params, staleness=1)
+
+
 def test_other_missing_things_are_named():
     optimizer = limit_staleness_drift(1.0, 2)
     with pytest.raises(ValueError, match="params is None"):
@@ -472,7 +485,8 @@ def test_other_missing_things_are_named():
     for ess, message in [(None, "ess is missing"), (0.0, r"ess=0 must lie in \(0, 1\]"), (np.ones(2), r"ess has shape \(2,\)")]:
         with pytest.raises(ValueError, match=message):
             scale_by_ess().update(jnp.ones(2), optax.EmptyState(), ess=ess)
-    for options, message in [({"exponent": 0.0}, "exponent=0 must be > 0"), ({"reference": 1.5}, "reference=1.5 must lie in")]:
+    wrong = [({"exponent": 0.0}, "exponent=0 must be > 0"), ({"reference": 1.5}, "reference=1.5 must lie in")]
+    for options, message in [*wrong, ({"reference": "1"}, "reference='1' must be one number and lie in")]:
         with pytest.raises(ValueError, match=message):
             scale_by_ess(**options)
 
