@@ -11,14 +11,16 @@ import numpy as np
 __all__ = ["as_fraction", "as_integer", "as_number", "as_positive"]
 
 
-def as_integer(name: str, value, *, minimum: int) -> int:
-    """The option as an int; ValueError unless it is an integer, not a bool, of at least `minimum`."""
+def as_integer(name: str, value, *, minimum: int, maximum: int | None = None) -> int:
+    """The option as an int; ValueError unless it is an integer, not a bool, within minimum..maximum."""
     try:
         number = operator.index(value)
     except TypeError:
         number = None
     if number is None or isinstance(value, bool) or number < minimum:
         raise ValueError(f"{name}={value!r} must be an integer >= {minimum}")
+    if maximum is not None and number > maximum:
+        raise ValueError(f"{name}={repr(value):.30} must be an integer in {minimum}..{maximum}")
     return number
 
 

@@ -184,7 +184,7 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 def _parsed(where: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 
@@ -213,7 +213,7 @@ def _checked_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
         if name in REQUIRED and unknown:
             raise ValueError(f"{where}: {name} is empty; it must be {words}")
         if not unknown and (number is None or not is_allowed(number)):
-            raise ValueError(f"{where}: {name}={cell!r} must be {words}")
+            raise ValueError(f"{where}: {name}={cell!r:.60} must be {words}")
         checked[name] = math.nan if unknown else number
         if name == "reward" and not unknown and not math.isfinite(number):
             checked[name] = math.inf  # told from an empty cell
@@ -232,7 +232,7 @@ def _cell(row, name: str) -> Any:
 def _number(cell: Any) -> float | None:
     try:
         return None if isinstance(cell, bool) else float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

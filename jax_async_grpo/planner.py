@@ -25,8 +25,9 @@ from scipy import stats
 
 from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
 
-__all__ = ["Anchor", "HorizonRun", "Plan", "Probe", "make_plan"]
+__all__ = ["LARGEST", "Anchor", "HorizonRun", "Plan", "Probe", "make_plan"]
 
+LARGEST = 10**15  # S and T that can be asked for, updates: no run is longer, and every integer up to there is a float
 STATUSES = ("found", "none", "censored", "ill-defined")
 _MODEL_ERROR = {"policy": 0.35, "parameters": 0.5}  # nats; scatter of η_80 about the form, beyond the anchors' intervals
 _HORIZON_ERROR = 0.14  # nats, of t_c·η
@@ -265,8 +266,8 @@ def make_plan(
       ValueError: one anchor, two at the same S, none at S = 0; a missing probe, or one at another S without anchors; S or T
         beyond the stated factor of the anchors' without `extrapolate`; an option out of range.
     """
-    max_staleness = as_integer("max_staleness", max_staleness, minimum=0)
-    horizon = as_integer("horizon", horizon, minimum=1)
+    max_staleness = as_integer("max_staleness", max_staleness, minimum=0, maximum=LARGEST)
+    horizon = as_integer("horizon", horizon, minimum=1, maximum=LARGEST)
     confidence = as_fraction("confidence", confidence)
     model_error = None if model_error is None else as_positive("model_error", model_error)
     if learning_rate is not None:

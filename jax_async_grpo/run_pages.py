@@ -59,12 +59,17 @@ def page_of_run(folder: str | os.PathLike) -> Page:
         return _other_page(folder, documents)
     name = audit.RECORDS if kind == "audit" else "metrics.jsonl"
     rows = records.Workdir(folder, resumed=True).read_rows(name)
-    versions = documents.get("summary.json", {}).get("versions", {})
+    summary = documents.get("summary.json", {})
+    versions = summary.get("versions", {}) if isinstance(summary, dict) else None
+    if not isinstance(versions, dict):
+        raise ValueError(f"{folder / 'summary.json'} is no summary of a run; the job that wrote it writes it anew")
     try:
         page = _BUILDERS[kind](folder, config, rows, versions)
-    except KeyError as error:
-        raise ValueError(f"workdir={folder} lacks {error}: a run of another version of the package; run it again") from error
-    what = _what_was_run(kind, folder, config, versions)
+        what = _what_was_run(kind, folder, config, versions)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # files are the user's: anything can stand in them
+        is_name = isinstance(error, KeyError) and error.args and isinstance(error.args[0], str)
+        wrong = f"lacks {error}" if is_name else f"cannot be read as a run of launch.{kind} ({type(error).__name__}: {error})"
+        raise ValueError(f"workdir={folder} {wrong}: damaged, or of another version of the package; run it again") from error
     return Page(page.title, page.lead, [*page.sections, what], page.warnings)
 
 
@@ -74,7 +79,7 @@ def _documents(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "config.json", path.name)):
         try:
             found[path.name] = records.read_json(path)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}); the job that wrote it writes it anew") from None
     return found
 

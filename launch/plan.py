@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from jax_async_grpo import invariants, option_checks, plan_evidence, plan_log, plan_report, plan_run, records
+from jax_async_grpo import invariants, option_checks, plan_evidence, plan_log, plan_report, plan_run, planner, records
 from launch import command_line
 
 flags.adopt_module_key_flags(command_line)  # --help shows them
@@ -57,7 +57,10 @@ def _from_config() -> int:
 def _wanted(max_staleness: int, horizon: int) -> tuple[int, int]:
     S = max_staleness if MAX_STALENESS.value is None else MAX_STALENESS.value
     T = horizon if HORIZON.value is None else HORIZON.value
-    return option_checks.as_integer("--max_staleness", S, minimum=0), option_checks.as_integer("--horizon", T, minimum=1)
+    return (
+        option_checks.as_integer("--max_staleness", S, minimum=0, maximum=planner.LARGEST),
+        option_checks.as_integer("--horizon", T, minimum=1, maximum=planner.LARGEST),
+    )
 
 
 def _report(evidence: plan_evidence.Evidence, S: int, T: int) -> int:

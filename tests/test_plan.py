@@ -295,6 +295,8 @@ def test_json_that_is_none_is_refused(tmp_path):
         ("a.json", "{}", "holds a dict; it must be a list"),
         ("a.json", "[1]", "entry 1 is no object"),
         ("a.jsonl", '{"run": 1}\n{', "a.jsonl:2 is not JSON"),
+        ("a.json", "[" * 100_000, "a.json is not JSON: maximum recursion"),
+        ("a.json", f'[{{"run": 1, "max_staleness": 0, "learning_rate": 1, "step": 1{"0" * 400}}}]', "step=10+ must be an int"),
         ("none.csv", None, "none.csv cannot be read: No such file"),
     ):
         if text is not None:
@@ -482,6 +484,7 @@ def test_the_job_plans_from_what_is_there(measured, tmp_path):
     for arguments, message in (
         (("--max_staleness=30", "--horizon=40"), "max_staleness=30 is more than 4 times the anchors' 3; .*--extrapolate"),
         (("--max_staleness=-1",), "--max_staleness=-1 must be an integer >= 0"),
+        (("--extrapolate", f"--horizon=1{'0' * 400}"), "--horizon=10+ must be an integer in 1..10+$"),
         (("--config.algorithm=tis",), "config.algorithm is 'tis'"),
         (("--config.probe.num_seeds=3",), "holds another config: probe.num_seeds is 2 there and 3 here"),
         (("--log=x.csv",), "--log is planned from as it is"),
