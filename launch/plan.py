@@ -31,8 +31,10 @@ def main() -> int:
         raise ValueError("--log is planned from as it is: give it without --config and --measure")
     runs, notes = plan_log.read_log(LOG.value)
     S, T = _wanted(max(run.max_staleness for run in runs), int(max(run.steps[-1] for run in runs)))
-    options = dict(ceiling=CEILING.value, clip_level=CLIP_LEVEL.value, source=LOG.value, notes=notes)
-    return _report(plan_log.evidence_of_log(runs, max_staleness=S, **options), S, T)
+    options = dict(ceiling=CEILING.value, clip_level=CLIP_LEVEL.value)
+    evidence = plan_log.evidence_of_log(runs, max_staleness=S, source=LOG.value, notes=notes, **options)
+    kept = dict(log=LOG.value, max_staleness=S, horizon=T, learning_rate=LEARNING_RATE.value, **options)
+    return _report(evidence, S, T, kept)
 
 
 def _from_config() -> int:
@@ -41,8 +43,7 @@ def _from_config() -> int:
     if command_line.DRY_RUN.value:
         print(plan_run.describe(job, S))
         return 0
-    options = dict(overwrite=command_line.OVERWRITE.value, figures=plan_report.WRITTEN)
-    workdir = records.open_workdir(command_line.WORKDIR.value, plan_run.kept_config(config), **options)
+    workdir = _open_workdir(plan_run.kept_config(config))
     if MEASURE.value:
         with command_line.progress(plan_run.num_chunks(job, S), "chunk") as report:
             try:
@@ -63,11 +64,20 @@ def _wanted(max_staleness: int, horizon: int) -> tuple[int, int]:
     )
 
 
-def _report(evidence: plan_evidence.Evidence, S: int, T: int) -> int:
+def _open_workdir(kept: dict) -> records.Workdir:
+    options = dict(overwrite=command_line.OVERWRITE.value, figures=plan_report.WRITTEN)
+    return records.open_workdir(command_line.WORKDIR.value, kept, **options)
+
+
+def _report(evidence: plan_evidence.Evidence, S: int, T: int, kept: dict | None = None) -> int:
+    """Prints the plan and writes it to the workdir, which a plan of a log, `kept`, opens only now that there is one."""
     options = dict(learning_rate=LEARNING_RATE.value, extrapolate=EXTRAPOLATE.value)
     plan = plan_evidence.plan_of(evidence, max_staleness=S, horizon=T, **options)
+    is_written = command_line.WORKDIR.value and not command_line.DRY_RUN.value
+    if is_written and kept:
+        _open_workdir(kept)
     print(plan_report.text(plan, evidence))
-    if command_line.WORKDIR.value:
+    if is_written:
         print("", *plan_report.write_report(plan, evidence, command_line.WORKDIR.value), sep="\n")
     return 0
 

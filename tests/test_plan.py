@@ -508,6 +508,30 @@ def test_the_example_log_is_planned_without_a_config(tmp_path):
     assert code == 0 and all((tmp_path / name).exists() for name in plan_report.WRITTEN)
 
 
+def test_a_plan_of_a_log_leaves_other_folders_alone(tmp_path):
+    planned = (f"--log={ROOT / 'examples' / 'plan_log.csv'}", "--ceiling=1")
+    other = tmp_path / "other"
+    records.open_workdir(other, {"clip_level": 0.1, "cases": {}})
+    code, said, _ = job(*planned, f"--workdir={other}", "--dry_run")
+    assert code == 0 and "bracketed" in said and [path.name for path in other.iterdir()] == ["config.json"]
+    code, said, error = job(*planned, f"--workdir={other}")
+    assert (code, said) == (2, "") and "holds another config" in error and len(list(other.iterdir())) == 1
+    mine = f"--workdir={tmp_path / 'mine'}"
+    assert [job(*planned, mine)[0] for _ in range(2)] == [0, 0]
+    before = (tmp_path / "mine" / "plan.txt").read_bytes()
+    code, said, error = job(*planned, mine, "--max_staleness=4")
+    assert (code, said) == (2, "") and "max_staleness is 32 there and 4 here" in error
+    assert (tmp_path / "mine" / "plan.txt").read_bytes() == before
+    assert job(*planned, mine, "--max_staleness=4", "--overwrite")[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_plan(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for folder, message in (("file", "is a file; give a folder"), ("file/under", "cannot be created or written")):
+        code, said, error = job(f"--log={ROOT / 'examples' / 'plan_log.csv'}", "--ceiling=1", f"--workdir={tmp_path / folder}")
+        assert (code, said) == (2, "") and f"workdir={tmp_path / folder} {message}" in error and error.count("\n") == 1
+
+
 def test_a_wrong_config_is_one_line():
     for change, message in (
         (dict(typo=1), "config.typo is not a key of this job"),
