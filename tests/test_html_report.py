@@ -452,11 +452,13 @@ SWEEP = '{"cases": {}, "rule": {}, "algorithms": {}, "level": 0.8, "confidence":
         ({"config.json": "[" * 100_000}, ["--workdir={}"], "config.json is not JSON"),
         ({"summary.json": "{}"}, ["--workdir={}", "--output={}/x.pdf"], "x.pdf must end in .html"),
         ({"summary.json": "{}"}, ["--workdir={}", "--output={}/none/x.html"], "lie in a folder that exists"),
+        ({"summary.json": "{}", "x.html/y": ""}, ["--workdir={}", "--output={}/x.html"], "x.html is a folder; give a file"),
         ({}, [], "give --workdir=DIR"),
     ],
 )
 def test_what_is_no_run_is_one_clear_line(tmp_path, files, arguments, message):
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     code, out, err = launch(*(argument.format(tmp_path) for argument in arguments))
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
