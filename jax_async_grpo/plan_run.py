@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_async_grpo import records, sweep_run
+from jax_async_grpo import planner, records, sweep_run
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number
-from jax_async_grpo.plan_evidence import Evidence, evidence_of_sweep, probe_rate
+from jax_async_grpo.plan_evidence import Evidence, anchor_staleness, evidence_of_sweep, probe_rate
 
-__all__ = ["PlanJob", "describe", "evidence", "kept_config", "measure", "num_chunks", "open_job"]
+__all__ = ["PlanJob", "check_reach", "describe", "evidence", "kept_config", "measure", "num_chunks", "open_job"]
 
 _KEYS = (
     "precision",
@@ -80,6 +80,13 @@ def open_job(config: Mapping[str, Any]) -> PlanJob:
             f"{where}: case {case} has max_staleness {tuple(part['max_staleness'])}; anchors need 0 and a larger S"
         )
     return PlanJob(config, {**sweep, "cases": {case: part}}, case, algorithm, folder)
+
+
+def check_reach(job: PlanJob, max_staleness: int, horizon: int) -> None:
+    """ValueError where S or T lies beyond what the anchors of the config will allow: said before they are measured."""
+    part = job.sweep["cases"][job.case]
+    anchor = anchor_staleness(part["max_staleness"], max_staleness)
+    planner.check_reach(max_staleness, horizon, anchor, (part["num_updates"],))
 
 
 def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from scipy import stats
 
 from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
 
-__all__ = ["LARGEST", "Anchor", "HorizonRun", "Plan", "Probe", "make_plan"]
+__all__ = ["LARGEST", "Anchor", "HorizonRun", "Plan", "Probe", "check_reach", "make_plan"]
 
 LARGEST = 10**15  # S and T that can be asked for, updates: no run is longer, and every integer up to there is a float
 STATUSES = ("found", "none", "censored", "ill-defined")
@@ -432,18 +432,31 @@ def _checked_anchors(anchors, wanted, probe, extrapolate) -> tuple[Anchor, Ancho
     are_numbers = {fresh.status, stale.status} <= {"found", "censored"}
     if probe is None and are_numbers and S not in (0, stale.max_staleness):
         raise ValueError(f"probe is missing: S = {S} is not that of an anchor, so its drift must be measured")
-    for name, value, reach in (("max_staleness", S, stale.max_staleness), ("horizon", T, min(fresh.horizon, stale.horizon))):
-        if value > _EXTRAPOLATION * reach and not extrapolate:
-            raise ValueError(
-                f"{name}={value} is more than {_EXTRAPOLATION:g} times the anchors' {reach}; measure anchors nearer to it, or "
-                "pass extrapolate (--extrapolate) and do not trust the interval"
-            )
-    if _EXTRAPOLATION * T < max(fresh.horizon, stale.horizon) and not extrapolate:
-        raise ValueError(
-            f"horizon={T} is less than 1/{_EXTRAPOLATION:g} of the anchors' {max(fresh.horizon, stale.horizon)}; measure "
-            "shorter anchors, or pass extrapolate (--extrapolate)"
-        )
+    if not extrapolate:
+        check_reach(S, T, stale.max_staleness, (fresh.horizon, stale.horizon))
     return fresh, stale
+
+
+def check_reach(max_staleness: int, horizon: int, anchor_staleness: int, horizons: tuple[int, ...]) -> None:
+    """ValueError where the wanted S or T lies beyond the stated factor of the larger anchor's S, or of the anchors' T."""
+    beyond = _beyond(max_staleness, horizon, anchor_staleness, horizons)
+    if beyond:
+        raise ValueError(
+            f"{beyond[0]}; measure anchors nearer to it, or pass extrapolate (--extrapolate) and do not trust the interval"
+        )
+
+
+def _beyond(max_staleness: int, horizon: int, anchor_staleness: int, horizons: tuple[int, ...]) -> list[str]:
+    """What of S and T lies beyond the stated factor, in words."""
+    wanted = (("max_staleness", max_staleness, anchor_staleness), ("horizon", horizon, min(horizons)))
+    found = [
+        f"{name}={value} is more than {_EXTRAPOLATION:g} times the anchors' {reach}"
+        for name, value, reach in wanted
+        if value > _EXTRAPOLATION * reach
+    ]
+    if _EXTRAPOLATION * horizon < max(horizons):
+        found.append(f"horizon={horizon} is less than 1/{_EXTRAPOLATION:g} of the anchors' {max(horizons)}")
+    return found
 
 
 def _drift_ratio(probe: Probe | None, max_staleness: int, anchor_staleness: int) -> tuple[float, str | None]:

@@ -25,6 +25,8 @@ CLIP_LEVEL = flags.DEFINE_float("clip_level", 0.05, "Clip fraction of a log at w
 
 
 def main() -> int:
+    if LEARNING_RATE.value is not None:
+        option_checks.as_positive("--learning_rate", LEARNING_RATE.value)
     if not LOG.value:
         return _from_config()
     if command_line.CONFIG.present or MEASURE.value:
@@ -38,8 +40,12 @@ def main() -> int:
 
 
 def _from_config() -> int:
+    if CEILING.present or CLIP_LEVEL.present:
+        raise ValueError("--ceiling and --clip_level are for --log; the records of a sweep hold both")
     config = command_line.config_of_job("configs/plan.py", spread=True)
     job, (S, T) = plan_run.open_job(config), _wanted(config["max_staleness"], config["horizon"])
+    if not EXTRAPOLATE.value:
+        plan_run.check_reach(job, S, T)
     if command_line.DRY_RUN.value:
         print(plan_run.describe(job, S))
         return 0

@@ -488,6 +488,8 @@ def test_the_job_plans_from_what_is_there(measured, tmp_path):
         (("--config.algorithm=tis",), "config.algorithm is 'tis'"),
         (("--config.probe.num_seeds=3",), "holds another config: probe.num_seeds is 2 there and 3 here"),
         (("--log=x.csv",), "--log is planned from as it is"),
+        (("--ceiling=1",), "--ceiling and --clip_level are for --log"),
+        (("--clip_level=0.05",), "--ceiling and --clip_level are for --log"),
         (("--typo=1",), "Unknown command line flag 'typo'"),
     ):
         code, said, error = job(*here, *arguments)
@@ -506,6 +508,24 @@ def test_the_example_log_is_planned_without_a_config(tmp_path):
     assert job(log, "--ceiling=1", "--max_staleness=33")[0] == 2
     code, said, _ = job(log, "--ceiling=1", "--max_staleness=33", "--extrapolate", f"--workdir={tmp_path}")
     assert code == 0 and all((tmp_path / name).exists() for name in plan_report.WRITTEN)
+
+
+def test_what_no_plan_could_answer_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_run, "measure", None)
+    file = tmp_path / "config.py"
+    file.write_text("from tests.test_plan import tiny_config as get_config\n")
+    for arguments, message in (
+        (("--learning_rate=-1",), "--learning_rate=-1 must be > 0 and finite"),
+        (("--learning_rate=nan",), "--learning_rate=nan must be > 0 and finite"),
+        (("--horizon=161",), "horizon=161 is more than 4 times the anchors' 40; .*--extrapolate"),
+        (("--horizon=9",), "horizon=9 is less than 1/4 of the anchors' 40; .*--extrapolate"),
+        (("--max_staleness=13",), "max_staleness=13 is more than 4 times the anchors' 3; .*--extrapolate"),
+    ):
+        for how in ("--dry_run", "--measure"):
+            code, said, error = job(f"--config={file}", f"--workdir={tmp_path / 'run'}", how, *arguments)
+            assert code == 2 and not said and re.search(message, error) and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
+    assert job(f"--config={file}", "--dry_run", "--extrapolate", "--horizon=161")[0] == 0
 
 
 def test_a_plan_of_a_log_leaves_other_folders_alone(tmp_path):
