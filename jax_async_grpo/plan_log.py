@@ -156,7 +156,11 @@ def _csv_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     """(place, row) of every line that is not empty."""
     reader, rows = csv.DictReader(io.StringIO(text), skipinitialspace=True), []
     if text.strip():
-        _check_columns(path, {name.strip() for name in reader.fieldnames})
+        names = [name.strip() for name in reader.fieldnames]
+        _check_columns(path, set(names))
+        twice = next((name for name in names if name and names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{path}: column {twice} stands twice in the header; the row can say only one of them")
     for row in reader:
         where = f"{path}:{reader.line_num}"
         if None in row or None in row.values():

@@ -268,6 +268,7 @@ def test_a_horizon_run_of_a_log_limits_it(tmp_path):
         ("", r"log.csv holds no rows"),
         ("run,max_staleness,learning_rate,step\n", r"log.csv holds no rows"),
         ("Some text\nwith, commas\n", r"log.csv: column run is missing; needed are run, max_staleness"),
+        ("run,max_staleness,learning_rate,step,reward, reward\n", r"log.csv: column reward stands twice in the header"),
         ("run,max_staleness,lr,step\na,0,1,1\n", r"column learning_rate is missing; needed are run, max_staleness"),
         ("run,max_staleness,learning_rate,step\na,0,x,1\n", r"log.csv:2: learning_rate='x' must be a number > 0"),
         ("run,max_staleness,learning_rate,step\na,0,1,1\na,0.5,1,2\n", r"log.csv:3: max_staleness='0.5' must be an integer"),
