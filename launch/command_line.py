@@ -41,6 +41,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, measure nothing."
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh in a workdir that holds another run; other files stay.")
 
 _interrupted = threading.Event()
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # as of a program that the signal ends: `| head` has seen enough
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -48,7 +49,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     A ValueError is the user's to mend, and so is an OSError (a full disk), so its one line is the whole message, and
     `--verbosity=1` adds the traceback; anything else is ours and keeps it. A warning is one line too. Ctrl-C ends with code
-    130, and where `main` is the program, at once.
+    130, and where `main` is the program, at once. Where whoever reads the output has gone, it ends in silence with code 141.
     """
 
     def parse(arguments: list[str]) -> list[str]:
@@ -72,7 +73,13 @@ def run(main: Callable[[], int | None]) -> None:
             _say(f"unexpected argument {arguments[1]!r}; options are given as --name=value, --help lists them")
             return 2
         try:
-            return main()
+            code = main()
+            sys.stdout.flush()  # here, where a reader that has gone is no error
+            return code
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):  # a stream without a file has nothing to flush into it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _BROKEN_PIPE
         except (ValueError, OSError) as error:
             if logging.level_debug():
                 raise
