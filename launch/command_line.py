@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging as std_logging
 import os
 import re
@@ -93,6 +94,9 @@ def run(main: Callable[[], int | None]) -> None:
         _interrupted.set()
         signal.default_int_handler(number, frame)
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal of ASCII cannot show is no reason to stop
     _interrupted.clear()
     handler, formatter = signal.signal(signal.SIGINT, interrupt), warnings.formatwarning
     warnings.formatwarning = _one_line

@@ -695,7 +695,9 @@ def test_a_reader_that_has_gone_is_no_error(tmp_path):
 
 
 def test_as_a_program_it_explains_itself():
+    """Where the terminal knows ASCII alone too, which has no η."""
     command = [sys.executable, "-m", "launch.measure_bias", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    shown = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, text=True, timeout=120).stdout
     assert "Measures the staleness bias of GRPO exactly" in shown and "--config=configs/measure_bias.py --workdir=DIR" in shown
     assert all(flag in shown for flag in ("--config:", "--workdir:", "--[no]dry_run:", "--[no]overwrite:"))
