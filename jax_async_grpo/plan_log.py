@@ -20,7 +20,7 @@ import numpy as np
 
 from jax_async_grpo.option_checks import as_fraction, as_positive
 from jax_async_grpo.plan_evidence import Evidence, anchor_staleness, checked_horizon_run, probe_rate
-from jax_async_grpo.planner import Anchor, HorizonRun, Probe
+from jax_async_grpo.planner import LARGEST, Anchor, HorizonRun, Probe
 from jax_async_grpo.scaling import OUTCOMES, CollapseRule, classify_run, stable_learning_rate
 
 __all__ = ["COLUMNS", "REQUIRED", "ROLES", "LoggedRun", "evidence_of_log", "read_log"]
@@ -31,6 +31,8 @@ COLUMNS = (*REQUIRED, *_MEASURED, "outcome", "role")
 ROLES = ("anchor", "probe", "horizon")
 _LEVELS = (0.8, 0.5)
 _LONG = 0.5  # of the longest run at the same S: shorter runs are probes, which say nothing about success at the horizon
+_HUGE = 1e50  # learning rates, norms and rewards beyond it are as good as infinite: their ratios' squares must stay finite
+_LONGEST_LAG = 10**6  # updates
 _MIN_RATES = 2  # learning rates of an anchor
 
 
@@ -195,10 +197,10 @@ def _parsed(where: str, text: str) -> Any:
 def _checked_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     """The row with numbers for its cells, NaN for empty ones; ValueError on a cell that its column does not allow."""
     allowed = {
-        "max_staleness": (lambda x: x >= 0 and x == round(x), "an integer >= 0"),
-        "step": (lambda x: x >= 0 and x == round(x), "an integer >= 0"),
-        "learning_rate": (lambda x: 0 < x < math.inf, "a number > 0"),
-        "staleness": (lambda x: x >= 0 and x == round(x), "an integer >= 0"),
+        "max_staleness": (lambda x: 0 <= x <= _LONGEST_LAG and x == round(x), f"an integer >= 0, at most {_LONGEST_LAG:g}"),
+        "step": (lambda x: 0 <= x <= LARGEST and x == round(x), f"an integer >= 0, at most {LARGEST:g}"),
+        "learning_rate": (lambda x: 1 / _HUGE < x < _HUGE, "a number > 0 and finite"),
+        "staleness": (lambda x: 0 <= x <= _LONGEST_LAG and x == round(x), f"an integer >= 0, at most {_LONGEST_LAG:g}"),
         "ess": (lambda x: 0 < x <= 1, "a share in (0, 1]"),
         "clip_fraction": (lambda x: 0 <= x <= 1, "a share in [0, 1]"),
         "tv": (lambda x: 0 <= x <= 1, "a total variation in [0, 1]"),
@@ -210,16 +212,14 @@ def _checked_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     for name in (*REQUIRED[1:], *_MEASURED):
         cell, (is_allowed, words) = _cell(row, name), allowed.get(name, (lambda x: x >= 0, "a number >= 0"))
         number = _number(cell)
-        # a run that became non-finite logs that in every column
-        unknown = (
-            cell == "" if name in (*REQUIRED, "reward") else cell == "" or number is not None and not math.isfinite(number)
-        )
+        # a run that became non-finite logs that in every column, and before it numbers whose squares are not finite
+        unknown = cell == "" if name in (*REQUIRED, "reward") else cell == "" or number is not None and not abs(number) < _HUGE
         if name in REQUIRED and unknown:
             raise ValueError(f"{where}: {name} is empty; it must be {words}")
         if not unknown and (number is None or not is_allowed(number)):
             raise ValueError(f"{where}: {name}={cell!r:.60} must be {words}")
         checked[name] = math.nan if unknown else number
-        if name == "reward" and not unknown and not math.isfinite(number):
+        if name == "reward" and not unknown and not abs(number) < _HUGE:
             checked[name] = math.inf  # told from an empty cell
     for name, words in (("outcome", OUTCOMES), ("role", ROLES)):
         checked[name] = str(_cell(row, name)).strip().lower()
@@ -234,8 +234,9 @@ def _cell(row, name: str) -> Any:
 
 
 def _number(cell: Any) -> float | None:
+    """Of a number or of text; Python's underscores are none in a log."""
     try:
-        return None if isinstance(cell, bool) else float(cell)
+        return None if isinstance(cell, bool) or "_" in str(cell) else float(cell)
     except (TypeError, ValueError, OverflowError):
         return None
 

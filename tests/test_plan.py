@@ -274,6 +274,11 @@ def test_a_horizon_run_of_a_log_limits_it(tmp_path):
         ("run,max_staleness,learning_rate,step\na,0,1,1\na,0.5,1,2\n", r"log.csv:3: max_staleness='0.5' must be an integer"),
         ("run,max_staleness,learning_rate,step\na,0,1,1\na,2,1,2\n", r"log.csv:3: max_staleness=2.0 of run a, which had 0"),
         ("run,max_staleness,learning_rate,step\na,0,1,1\na,0,1,1\n", r"log.csv:3: step 1 of run a stands there twice"),
+        ("run,max_staleness,learning_rate,step\na,0,1_0e-06,1\n", r"log.csv:2: learning_rate='1_0e-06' must be a number > 0"),
+        ("run,max_staleness,learning_rate,step\na,0,1e-60,1\n", r"learning_rate='1e-60' must be a number > 0"),
+        ("run,max_staleness,learning_rate,step\na,0,1,1e300\n", r"step='1e300' must be an integer >= 0, at most 1e\+15"),
+        ("run,max_staleness,learning_rate,step\na,0,1,inf\n", r"step='inf' must be an integer >= 0, at most"),
+        ("run,max_staleness,learning_rate,step\na,1e9,1,1\n", r"max_staleness='1e9' must be an integer >= 0, at most 1e\+06"),
         ("run,max_staleness,learning_rate,step\na,0,1\n", r"log.csv:2 has another number of cells"),
         ("run,max_staleness,learning_rate,step\na,0,1,0\n", r"log.csv:2: run a has no row after step 0"),
         ("run,max_staleness,learning_rate,step\n,0,1,1\n", r"log.csv:2: run is empty"),
@@ -304,6 +309,16 @@ def test_json_that_is_none_is_refused(tmp_path):
             (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             plan_log.read_log(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_norm_without_a_finite_square_is_as_good_as_a_run_that_became_non_finite(tmp_path):
+    made = {}
+    for norm in (1e308, math.inf, ""):
+        rows = log_rows({0: 0.3, 8: 0.1})
+        rows[-1]["update_norm"] = norm
+        made[norm] = plan(of_log(write_log(tmp_path / "log.csv", rows)))
+    assert made[1e308] == made[math.inf] == made[""]
 
 
 def test_rewards_without_a_ceiling_ask_for_one(tmp_path):
