@@ -306,7 +306,8 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
     )
     ratio, kind = _drift_ratio(probe, S, stale.max_staleness)
     lost_to_lag = np.maximum(np.exp(-stale_log) - np.exp(-fresh_log), 0.0)
-    notes: list[str] = []
+    beyond = _beyond(S, T, stale.max_staleness, (fresh.horizon, stale.horizon))
+    notes = [f"EXTRAPOLATED: {words}; the interval does not cover this" for words in beyond]
     horizon_limit = _horizon_limit(horizon_run, T, notes)
     # Where the anchors cannot tell lag from noise, both measure the same boundary.
     pooled = np.exp(np.where(lost_to_lag > 0, fresh_log, (fresh_log + stale_log) / 2))
