@@ -31,6 +31,15 @@ COLUMNS = (*REQUIRED, *_MEASURED, "outcome", "role")
 ROLES = ("anchor", "probe", "horizon")
 _LEVELS = (0.8, 0.5)
 _LONG = 0.5  # of the longest run at the same S: shorter runs are probes, which say nothing about success at the horizon
+_JSON_WORDS = {
+    dict: "an object",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs"}
 _HUGE = 1e50  # learning rates, norms and rewards beyond it are as good as infinite: their ratios' squares must stay finite
 _LONGEST_LAG = 10**6  # updates
 _MIN_RATES = 2  # learning rates of an anchor
@@ -76,7 +85,7 @@ def read_log(path: str | os.PathLike) -> tuple[list[LoggedRun], tuple[str, ...]]
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--log={path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from None
-    rows = _json_rows(path, text) if path.suffix in (".json", ".jsonl") else _csv_rows(path, text)
+    rows = _json_rows(path, text) if path.suffix.lower() in (".json", ".jsonl") else _csv_rows(path, text)
     if not rows:
         raise ValueError(f"{path} holds no rows; docs/plan.md shows what a log looks like")
     names = {name for _, row in rows for name in row}
@@ -148,10 +157,15 @@ def evidence_of_log(
 
 def _check_columns(path: Path, names: set[str]) -> None:
     lacking = [name for name in REQUIRED if name not in names]
-    if lacking:
-        raise ValueError(
-            f"{path}: column {lacking[0]} is missing; needed are {', '.join(REQUIRED)}, known {', '.join(COLUMNS)}"
-        )
+    if not lacking:
+        return
+    alike = next((name for name in names if str(name).strip().lower() == lacking[0]), None)
+    mark = next((mark for mark in _OTHER_MARKS if any(mark in str(name) for name in names)), None)
+    said = f"; {alike!r} is there: names are in lower case" if alike is not None else ""
+    said = f"; the header seems to be separated by {_OTHER_MARKS[mark]}, it must be commas" if mark is not None else said
+    raise ValueError(
+        f"{path}: column {lacking[0]} is missing{said}; needed are {', '.join(REQUIRED)}, known {', '.join(COLUMNS)}"
+    )
 
 
 def _csv_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -173,13 +187,13 @@ def _csv_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _json_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     rows = []
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         parts = [(f"{path}:{number}", line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
         rows = [(where, _parsed(where, line)) for where, line in parts]
     elif text.strip():
         found = _parsed(str(path), text)
         if not isinstance(found, list):
-            raise ValueError(f"{path} holds a {type(found).__name__}; it must be a list of objects, one a row")
+            raise ValueError(f"{path} holds {_JSON_WORDS[type(found)]}; it must be a list of objects, one a row")
         rows = [(f"{path}: entry {number}", row) for number, row in enumerate(found, start=1)]
     for where, row in rows:
         if not isinstance(row, dict):

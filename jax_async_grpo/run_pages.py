@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_async_grpo import audit, audit_summary, bias_summary, experiment, records, report, studies, sweep_run, sweep_summary
 from jax_async_grpo.bias_run import finished_chunks
+from jax_async_grpo.config_checks import job_of
 from jax_async_grpo.html_report import Folded, Items, Markdown, Page, Part, Picture, Section, Table, Text
 from jax_async_grpo.sweep_figure import level_of, sweep_figure, whole_horizon
 
@@ -27,13 +28,6 @@ __all__ = ["page_of_run"]
 Record = Mapping[str, Any]
 Rows = Sequence[Record]
 
-# What a config of the kind holds and no other does; `config.study` is what makes a study.
-_SIGNS = {
-    "study": {"study"},
-    "audit": {"rank_at", "losses"},
-    "sweep": {"rule", "algorithms", "cases"},
-    "measure_bias": {"clip_level", "cases"},
-}
 _NAMED_AT_MOST = 5  # of what is missing
 _ABSENT = "–"
 
@@ -54,11 +48,11 @@ def page_of_run(folder: str | os.PathLike) -> Page:
     if not documents:
         raise ValueError(f"workdir={folder} holds no run: there is no config.json and no summary; give the --workdir of a run")
     config = documents.get("config.json", {})
-    kind = next((kind for kind, keys in _SIGNS.items() if isinstance(config, dict) and keys <= config.keys()), None)
-    if kind is None:
+    kind = job_of(config)
+    if kind not in _BUILDERS:
         return _other_page(folder, documents)
     name = audit.RECORDS if kind == "audit" else "metrics.jsonl"
-    rows = records.Workdir(folder, resumed=True).read_rows(name)
+    rows = records.Workdir(folder, resumed=True).read_rows(name, otherwise="run the job again")
     summary = documents.get("summary.json", {})
     versions = summary.get("versions", {}) if isinstance(summary, dict) else None
     if not isinstance(versions, dict):

@@ -20,6 +20,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from jax_async_grpo import config_checks
+
 __all__ = [
     "CONFIG",
     "DRY_RUN",
@@ -121,18 +123,23 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
-def config_of_job(example: str, *, spread: bool = False) -> dict[str, Any]:
+def config_of_job(example: str, *, job: str = "", spread: bool = False) -> dict[str, Any]:
     """The config of a job, and jax set up for it.
 
     A job is in float64 on the CPU, as accelerators lack float64 or emulate it slowly, unless its config says
     `precision="float32"`. With `spread` every core is a device of its own, over which sweeps spread their runs.
 
     Raises:
-      ValueError: --config is missing, or --workdir without --dry_run, naming `example`; what `read_config` raises.
+      ValueError: --config is missing, or --workdir without --dry_run, naming `example`; what `read_config` raises; the config
+        is that of another launch script than `job`.
     """
     if not CONFIG.present or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError(f"give --config={example} and --workdir=DIR (or --dry_run)")
     config = read_config(CONFIG)
+    other = config_checks.job_of(config)
+    if job and other not in (job, None):
+        path = flags.FLAGS[CONFIG.name].config_filename
+        raise ValueError(f"--config={path} looks like a config of another job: python -m launch.{other} takes it")
     is_theory = config.get("precision", "float64") != "float32"
     jax.config.update("jax_enable_x64", is_theory)
     std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # which backends there are not is no news

@@ -40,9 +40,11 @@ def main() -> int:
 
 
 def _from_config() -> int:
+    if not command_line.CONFIG.present:
+        raise ValueError("give --config=configs/plan.py and --workdir=DIR (or --dry_run), or --log=FILE with a log of your own")
     if CEILING.present or CLIP_LEVEL.present:
         raise ValueError("--ceiling and --clip_level are for --log; the records of a sweep hold both")
-    config = command_line.config_of_job("configs/plan.py", spread=True)
+    config = command_line.config_of_job("configs/plan.py", job="plan", spread=True)
     job, (S, T) = plan_run.open_job(config), _wanted(config["max_staleness"], config["horizon"])
     if not EXTRAPOLATE.value:
         plan_run.check_reach(job, S, T)

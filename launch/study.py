@@ -19,7 +19,7 @@ PAGE = flags.DEFINE_string("page", None, "File of the page, Markdown; without it
 
 
 def main() -> int:
-    config = command_line.config_of_job("configs/study_delay.py", spread=True)
+    config = command_line.config_of_job("configs/study_delay.py", job="study", spread=True)
     study = studies.load_study(config)
     study.validate(config)
     names = study.pieces(config)

@@ -16,7 +16,7 @@ flags.adopt_module_key_flags(command_line)  # --help shows them
 
 
 def main() -> int:
-    config = command_line.config_of_job("configs/sweep_digits.py", spread=True)
+    config = command_line.config_of_job("configs/sweep_digits.py", job="sweep", spread=True)
     sweep_run.validate(config)
     if command_line.DRY_RUN.value:
         print(sweep_run.describe(config))

@@ -443,6 +443,7 @@ SWEEP = '{"cases": {}, "rule": {}, "algorithms": {}, "level": 0.8, "confidence":
         ({"file": ""}, ["--workdir={}/file"], "file is no folder"),
         ({"summary.json": "{"}, ["--workdir={}"], "summary.json is not JSON"),
         ({"config.json": '{"study": "x", "sources": []}', "metrics.jsonl": "{}\n"}, ["--workdir={}"], "line 1 is no record"),
+        ({"config.json": SWEEP, "metrics.jsonl": "{\n"}, ["--workdir={}"], "delete the line, or run the job again\n"),
         ({"config.json": '{"rank_at": [1, 0.5], "losses": {}}'}, ["--workdir={}"], "lacks 'extra_losses'"),
         ({"config.json": SWEEP, "summary.json": "[]"}, ["--workdir={}"], "summary.json is no summary of a run"),
         ({"config.json": SWEEP, "summary.json": '{"versions": 3}'}, ["--workdir={}"], "summary.json is no summary of a run"),

@@ -268,6 +268,9 @@ def test_a_horizon_run_of_a_log_limits_it(tmp_path):
         ("", r"log.csv holds no rows"),
         ("run,max_staleness,learning_rate,step\n", r"log.csv holds no rows"),
         ("Some text\nwith, commas\n", r"log.csv: column run is missing; needed are run, max_staleness"),
+        ("run;max_staleness;learning_rate;step\n", "column run is missing; the header seems to be separated by semicolons, it"),
+        ("run\tmax_staleness\tlearning_rate\tstep\n", "column run is missing; the header seems to be separated by tabs, it"),
+        ("run,max_staleness,Learning_Rate,step\n", "learning_rate is missing; 'Learning_Rate' is there: names are in lower"),
         ("run,max_staleness,learning_rate,step,reward, reward\n", r"log.csv: column reward stands twice in the header"),
         ("run,max_staleness,lr,step\na,0,1,1\n", r"column learning_rate is missing; needed are run, max_staleness"),
         ("run,max_staleness,learning_rate,step\na,0,x,1\n", r"log.csv:2: learning_rate='x' must be a number > 0"),
@@ -298,7 +301,9 @@ def test_a_bad_log_is_one_line_with_its_place(tmp_path, text, message):
 def test_json_that_is_none_is_refused(tmp_path):
     for name, text, message in (
         ("a.json", "{", "a.json is not JSON"),
-        ("a.json", "{}", "holds a dict; it must be a list"),
+        ("a.json", "{}", "holds an object; it must be a list"),
+        ("a.json", "null", "holds null; it must be a list"),
+        ("a.JSON", "1.5", "holds a number; it must be a list"),
         ("a.json", "[1]", "entry 1 is no object"),
         ("a.jsonl", '{"run": 1}\n{', "a.jsonl:2 is not JSON"),
         ("a.json", "[" * 100_000, "a.json is not JSON: maximum recursion"),
@@ -524,6 +529,17 @@ def test_the_example_log_is_planned_without_a_config(tmp_path):
     assert job(log, "--ceiling=1", "--max_staleness=33")[0] == 2
     code, said, _ = job(log, "--ceiling=1", "--max_staleness=33", "--extrapolate", f"--workdir={tmp_path}")
     assert code == 0 and all((tmp_path / name).exists() for name in plan_report.WRITTEN)
+
+
+def test_forgotten_flags_and_configs_of_other_jobs_are_named():
+    code, said, error = job()
+    assert (code, said) == (2, "") and "--config=configs/plan.py and --workdir=DIR" in error and "--log=FILE" in error
+    for name in ("sweep_digits", "study_delay", "measure_bias", "audit", "train_smoke"):
+        other = name.partition("_")[0] if name != "measure_bias" else name
+        code, _, error = job(f"--config={ROOT / 'configs' / name}.py", "--dry_run")
+        assert code == 2 and f"{name}.py looks like a config of another job: python -m launch.{other} takes it" in error
+        assert error.count("\n") == 1
+    assert job(f"--config={ROOT / 'configs' / 'plan.py'}", "--dry_run")[0] == 0
 
 
 def test_what_no_plan_could_answer_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
