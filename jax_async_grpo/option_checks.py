@@ -25,7 +25,7 @@ def as_integer(name: str, value, *, minimum: int, maximum: int | None = None) ->
 
 
 def as_number(name: str, value, is_allowed: Callable[[float], bool], allowed: str) -> float:
-    """The option as a float; ValueError unless it is one real number, not a bool, for which `is_allowed`, in words `allowed`."""
+    """The option as a float; ValueError unless it is one real number, not a bool, and is allowed; the words finish "must"."""
     try:
         number = None if isinstance(value, (bool, np.bool_, str, bytes)) or np.ndim(value) else float(value)
     except (TypeError, ValueError, OverflowError):

@@ -111,15 +111,23 @@ def num_chunks(job: PlanJob, max_staleness: int) -> int:
     return own + needs_probe + bool(job.config["horizon_run"]["factor"])
 
 
-def measure(job: PlanJob, workdir: records.Workdir, max_staleness: int, on_chunk: Callable[[str, float], None]) -> None:
+def measure(
+    job: PlanJob,
+    workdir: records.Workdir,
+    max_staleness: int,
+    on_chunk: Callable[[str, float], None],
+    on_program: Callable[[str], None] = lambda name: None,
+) -> None:
     """Runs what the workdir lacks of a plan at S: anchors, then the runs that their boundaries ask for.
+
+    The two callbacks are those of `sweep_run.run_chunks`.
 
     Raises:
       ValueError: the anchors of another folder are incomplete: they are not this job's to finish.
     """
     programs: dict = {}
     if job.folder is None:
-        sweep_run.run_chunks(job.sweep, workdir, on_chunk, programs)
+        sweep_run.run_chunks(job.sweep, workdir, on_chunk, programs, on_program)
     rows = _all_rows(job, workdir.read_metrics())
     if _unfinished(job, job.sweep["cases"], rows):
         raise ValueError(f"config.anchors={job.folder} is an unfinished sweep of {job.case}/{job.algorithm}; finish it first")
@@ -127,7 +135,7 @@ def measure(job: PlanJob, workdir: records.Workdir, max_staleness: int, on_chunk
     if runs:
         sweep = {**job.sweep, "cases": runs}
         sweep_run.validate(sweep)
-        sweep_run.run_chunks(sweep, workdir, on_chunk, programs)
+        sweep_run.run_chunks(sweep, workdir, on_chunk, programs, on_program)
 
 
 def evidence(job: PlanJob, rows: Sequence[Mapping[str, Any]], max_staleness: int) -> Evidence:

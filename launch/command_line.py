@@ -32,6 +32,7 @@ __all__ = [
     "progress",
     "read_config",
     "run",
+    "say_of_program",
 ]
 
 # The flags of every job, defined once. Keys the config lacks pass here, so that the job's own check can name them and say which
@@ -164,6 +165,12 @@ def progress(total: int, unit: str) -> Iterator[Callable[[str, str], None]]:
             check_interrupt()
 
         yield report
+
+
+def say_of_program(name: str) -> None:
+    """A line on the piece whose warm start and compilation begin, where no bar shows that the job is alive."""
+    if not sys.stderr.isatty():
+        print(f"{name}: warm start and compilation first", flush=True)
 
 
 def read_config(flag: flags.FlagHolder) -> dict[str, Any]:

@@ -54,8 +54,12 @@ def _from_config() -> int:
     workdir = _open_workdir(plan_run.kept_config(config))
     if MEASURE.value:
         with command_line.progress(plan_run.num_chunks(job, S), "chunk") as report:
+
+            def on_chunk(name: str, seconds: float) -> None:
+                report(name, f"{name}: {seconds:.1f} s")
+
             try:
-                plan_run.measure(job, workdir, S, lambda name, seconds: report(name, f"{name}: {seconds:.1f} s"))
+                plan_run.measure(job, workdir, S, on_chunk, command_line.say_of_program)
             except (KeyboardInterrupt, invariants.InvariantViolation) as stop:
                 said = f"error: {stop}" if str(stop) else "\nInterrupted"
                 print(f"{said}: what was run is in {workdir.path}; the same command goes on from there.", file=sys.stderr)

@@ -31,7 +31,7 @@ def main() -> int:
             report(name, f"{name}: {f'{seconds:.1f} s' if seconds else 'recorded before'}")
 
         try:
-            sweep_run.run_chunks(config, workdir, on_chunk)
+            sweep_run.run_chunks(config, workdir, on_chunk, on_program=command_line.say_of_program)
         except (KeyboardInterrupt, invariants.InvariantViolation) as stop:
             code, stopped = (130, "\nInterrupted") if isinstance(stop, KeyboardInterrupt) else (1, f"error: {stop}")
     _report(config, workdir)
