@@ -21,8 +21,19 @@ __all__ = [
     "check_rule",
     "check_window",
     "first_line",
+    "job_of",
     "resolve",
 ]
+
+# What a config of the job holds and no other does; `config.study` is what makes a study, whatever else stands there.
+_SIGNS = {
+    "study": {"study"},
+    "audit": {"rank_at", "losses"},
+    "sweep": {"rule", "algorithms", "cases"},
+    "measure_bias": {"clip_level", "cases"},
+    "plan": {"anchors", "horizon_run", "sweep"},
+    "train": {"num_prompts", "staleness", "denominator"},
+}
 
 
 def resolve(name: str, field: str) -> Any:
@@ -39,6 +50,11 @@ def resolve(name: str, field: str) -> Any:
     if not callable(found):
         raise ValueError(f"config.{field} is {name!r}; it must name a function, not a {type(found).__name__}")
     return found
+
+
+def job_of(config: Any) -> str | None:
+    """The launch script a config is for, as far as its keys tell: "sweep" for launch.sweep."""
+    return next((job for job, keys in _SIGNS.items() if isinstance(config, Mapping) and keys <= config.keys()), None)
 
 
 def check_keys(part: Any, known: Sequence[str], field: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from jax_async_grpo import staleness as staleness_lib
-from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
+from jax_async_grpo.option_checks import as_fraction, as_integer, as_number, as_positive
 from jax_async_grpo.staleness import ParamHistory
 from jax_async_grpo.types import Params
 
@@ -85,7 +85,8 @@ def limit_staleness_drift(
     0.50 0.71 0.87 1.00 1.50 1.71 1.87 2.00
 
     Args:
-      radius: R > 0, distance between parameters; inf = no limit. An array where `optax.inject_hyperparams` schedules it.
+      radius: R > 0, distance between parameters; inf = no limit. An array [] where `optax.inject_hyperparams` schedules it: one
+        that reaches 0 or less stops the run (c = 0), and a NaN shows as NaN.
       max_staleness: S ≥ 0, learner updates: the largest `staleness` that will be passed.
       exponent: α in [0, 1].
       dtype: of the kept versions, as in `staleness.create_history`; a lower precision costs that precision in the bound.
@@ -93,10 +94,11 @@ def limit_staleness_drift(
 
     Returns:
       A transformation whose `update` needs `params` and `staleness=`: [] or [B] int (its maximum counts), learner updates. A
-      traced one above S counts as S. Its state is a `DriftState`.
+      traced one above S counts as S, a negative one as 0. Its state is a `DriftState`.
 
     Raises:
-      ValueError: an option out of its range; in `update`, params or staleness missing or no integer within 0..S.
+      ValueError: an option out of its range; in `update`, params or staleness missing or no integer within 0..S, or complex
+        updates (real and imaginary parts must be leaves of their own).
     """
     radius, exponent, max_staleness = _limit_options(radius, exponent, max_staleness)
 
@@ -131,7 +133,7 @@ def limit_staleness_path(
     until the path fits again. The rounding of the parameters is not seen.
 
     Args:
-      radius: R > 0; inf = no limit. An array where `optax.inject_hyperparams` schedules it.
+      radius: R > 0; inf = no limit. An array [] as in `limit_staleness_drift`.
       max_staleness: S ≥ 0, learner updates: the largest `staleness` that will be passed.
       exponent: α in [0, 1].
 
@@ -139,7 +141,7 @@ def limit_staleness_path(
       A transformation whose `update` needs `staleness=`, with a `PathState` of max(S, 1) + 1 numbers.
 
     Raises:
-      ValueError: an option out of its range; in `update`, staleness missing or no integer within 0..S.
+      ValueError: an option out of its range; in `update`, staleness missing or no integer within 0..S, or complex updates.
     """
     radius, exponent, max_staleness = _limit_options(radius, exponent, max_staleness)
 
@@ -155,8 +157,10 @@ def limit_staleness_path(
         lags = jnp.arange(1, state.norms.size + 1)
         walked = jnp.cumsum(jnp.roll(state.norms, 1).at[0].set(0))  # [K], by the last 0..K−1 updates
         room = jnp.where(lags <= window, radius * _envelope(lags, window, exponent) - walked, jnp.inf)
-        taken = jnp.minimum(norm, jnp.maximum(jnp.min(room), 0))
-        scale = jnp.where(norm > 0, taken / jnp.where(norm > 0, norm, 1), 1)
+        room = jnp.maximum(jnp.min(room), 0)
+        taken = jnp.minimum(norm, room)
+        # Not norm/norm: compiled, that may be a norm times a reciprocal, which is not 1.
+        scale = jnp.where((norm <= room) | (norm == 0), 1, room / jnp.where(norm > 0, norm, 1))
         norms = jnp.roll(state.norms, 1).at[0].set(taken.astype(state.norms.dtype))
         return _scaled(scale, updates), PathState(norms, scale.astype(jnp.float32))
 
@@ -202,18 +206,19 @@ def scale_by_ess(
 def _drift_scale(updates, params, history: ParamHistory, radius, window, exponent: float) -> jax.Array:
     """The largest c in [0, 1] whose θ + c u keeps every lag's bound, or takes it no farther away where it is broken."""
     peak, direction = _peak_and_direction(updates)
-    square = _inner(direction, direction)
+    square, unit = _inner(direction, direction), jnp.where(radius <= 0, 1, radius)  # of length
 
     def length(age):
         version, _ = staleness_lib.read(history, age)  # older than the first there is only the first, which counts as older
         # In units of the radius, so that nothing overflows and an infinite radius needs no case of its own.
-        gap = jax.tree.map(lambda a, b: (_wide(a) - _wide(b)) / radius, params, version)
+        gap = jax.tree.map(lambda a, b: (_wide(a) - _wide(b)) / unit, params, version)
         room = _envelope(age + 1, window, exponent) ** 2 - _inner(gap, gap)
         return jnp.where(age < window, _step_length(square, _inner(gap, direction), jnp.maximum(room, 0)), jnp.inf)
 
     lengths = jax.lax.map(length, jnp.arange(history.capacity))  # one version at a time: they may lie in host memory
     can_scale = _can_scale(peak)
-    scale = jnp.minimum(jnp.min(lengths) * radius / jnp.where(can_scale, peak, 1), 1)
+    scale = jnp.minimum(jnp.min(lengths) * unit / jnp.where(can_scale, peak, 1), 1)
+    scale = jnp.where((radius <= 0) & (window > 0), 0, scale)  # lag 1 leaves no room
     return jnp.where(can_scale, scale, 1)
 
 
@@ -231,6 +236,8 @@ def _envelope(lag, window, exponent: float) -> jax.Array:
 
 def _peak_and_direction(updates) -> tuple[jax.Array, Params]:
     """(m = max |u|, u/m): the square of the direction lies in 1..number of parameters, whatever the scale of u."""
+    if any(jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating) for leaf in jax.tree.leaves(updates)):
+        raise ValueError("updates are complex; real and imaginary parts must be leaves of their own")
     peaks = [jnp.max(jnp.abs(_wide(leaf)), initial=0) for leaf in jax.tree.leaves(updates)]
     peak = functools.reduce(jnp.maximum, peaks, jnp.zeros((), jnp.float32))
     divisor = jnp.where(_can_scale(peak), peak, 1)
@@ -257,11 +264,14 @@ def _scaled(scale, updates):
 
 
 def _limit_options(radius, exponent, max_staleness) -> tuple:
-    """R, α, S, checked; arrays are what `optax.inject_hyperparams` makes of numbers, and pass."""
+    """R, α, S, checked; arrays of one number are what `optax.inject_hyperparams` makes of numbers, and pass."""
+    for name, value in (("radius", radius), ("exponent", exponent)):
+        if isinstance(value, jax.Array) and value.ndim:
+            raise ValueError(f"{name} has shape {value.shape}; it must be one number")
     if not isinstance(radius, jax.Array):
         radius = as_positive("radius", radius, infinite=True)
-    if not isinstance(exponent, jax.Array) and not 0 <= float(exponent) <= 1:
-        raise ValueError(f"exponent={exponent:g} must lie in [0, 1]")
+    if not isinstance(exponent, jax.Array):
+        exponent = as_number("exponent", exponent, lambda x: 0 <= x <= 1, "lie in [0, 1]")
     return radius, exponent, as_integer("max_staleness", max_staleness, minimum=0)
 
 
@@ -274,7 +284,7 @@ def _as_window(staleness, max_staleness: int) -> jax.Array:
         raise ValueError(f"staleness is {array.dtype}{list(array.shape)}; it must be one integer or integers of shape [B]")
     if isinstance(array, np.ndarray) and not (0 <= array.min() and array.max() <= max_staleness):
         raise ValueError(f"staleness={staleness} must lie in 0..max_staleness={max_staleness}")
-    return jnp.minimum(jnp.max(array), max_staleness)
+    return jnp.clip(jnp.max(array), 0, max_staleness)
 
 
 def _as_ess(ess):

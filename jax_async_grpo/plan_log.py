@@ -20,7 +20,7 @@ import numpy as np
 
 from jax_async_grpo.option_checks import as_fraction, as_positive
 from jax_async_grpo.plan_evidence import Evidence, anchor_staleness, checked_horizon_run, probe_rate
-from jax_async_grpo.planner import Anchor, HorizonRun, Probe
+from jax_async_grpo.planner import LARGEST, Anchor, HorizonRun, Probe
 from jax_async_grpo.scaling import OUTCOMES, CollapseRule, classify_run, stable_learning_rate
 
 __all__ = ["COLUMNS", "REQUIRED", "ROLES", "LoggedRun", "evidence_of_log", "read_log"]
@@ -31,6 +31,17 @@ COLUMNS = (*REQUIRED, *_MEASURED, "outcome", "role")
 ROLES = ("anchor", "probe", "horizon")
 _LEVELS = (0.8, 0.5)
 _LONG = 0.5  # of the longest run at the same S: shorter runs are probes, which say nothing about success at the horizon
+_JSON_WORDS = {
+    dict: "an object",
+    str: "a string",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+_OTHER_MARKS = {";": "semicolons", "\t": "tabs"}
+_HUGE = 1e50  # learning rates, norms and rewards beyond it are as good as infinite: their ratios' squares must stay finite
+_LONGEST_LAG = 10**6  # updates
 _MIN_RATES = 2  # learning rates of an anchor
 
 
@@ -74,7 +85,7 @@ def read_log(path: str | os.PathLike) -> tuple[list[LoggedRun], tuple[str, ...]]
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--log={path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from None
-    rows = _json_rows(path, text) if path.suffix in (".json", ".jsonl") else _csv_rows(path, text)
+    rows = _json_rows(path, text) if path.suffix.lower() in (".json", ".jsonl") else _csv_rows(path, text)
     if not rows:
         raise ValueError(f"{path} holds no rows; docs/plan.md shows what a log looks like")
     names = {name for _, row in rows for name in row}
@@ -146,17 +157,26 @@ def evidence_of_log(
 
 def _check_columns(path: Path, names: set[str]) -> None:
     lacking = [name for name in REQUIRED if name not in names]
-    if lacking:
-        raise ValueError(
-            f"{path}: column {lacking[0]} is missing; needed are {', '.join(REQUIRED)}, known {', '.join(COLUMNS)}"
-        )
+    if not lacking:
+        return
+    alike = next((name for name in names if str(name).strip().lower() == lacking[0]), None)
+    mark = next((mark for mark in _OTHER_MARKS if any(mark in str(name) for name in names)), None)
+    said = f"; {alike!r} is there: names are in lower case" if alike is not None else ""
+    said = f"; the header seems to be separated by {_OTHER_MARKS[mark]}, it must be commas" if mark is not None else said
+    raise ValueError(
+        f"{path}: column {lacking[0]} is missing{said}; needed are {', '.join(REQUIRED)}, known {', '.join(COLUMNS)}"
+    )
 
 
 def _csv_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     """(place, row) of every line that is not empty."""
     reader, rows = csv.DictReader(io.StringIO(text), skipinitialspace=True), []
     if text.strip():
-        _check_columns(path, {name.strip() for name in reader.fieldnames})
+        names = [name.strip() for name in reader.fieldnames]
+        _check_columns(path, set(names))
+        twice = next((name for name in names if name and names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{path}: column {twice} stands twice in the header; the row can say only one of them")
     for row in reader:
         where = f"{path}:{reader.line_num}"
         if None in row or None in row.values():
@@ -167,13 +187,13 @@ def _csv_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 
 def _json_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
     rows = []
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         parts = [(f"{path}:{number}", line) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
         rows = [(where, _parsed(where, line)) for where, line in parts]
     elif text.strip():
         found = _parsed(str(path), text)
         if not isinstance(found, list):
-            raise ValueError(f"{path} holds a {type(found).__name__}; it must be a list of objects, one a row")
+            raise ValueError(f"{path} holds {_JSON_WORDS[type(found)]}; it must be a list of objects, one a row")
         rows = [(f"{path}: entry {number}", row) for number, row in enumerate(found, start=1)]
     for where, row in rows:
         if not isinstance(row, dict):
@@ -184,17 +204,17 @@ def _json_rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
 def _parsed(where: str, text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
 
 
 def _checked_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     """The row with numbers for its cells, NaN for empty ones; ValueError on a cell that its column does not allow."""
     allowed = {
-        "max_staleness": (lambda x: x >= 0 and x == round(x), "an integer >= 0"),
-        "step": (lambda x: x >= 0 and x == round(x), "an integer >= 0"),
-        "learning_rate": (lambda x: 0 < x < math.inf, "a number > 0"),
-        "staleness": (lambda x: x >= 0 and x == round(x), "an integer >= 0"),
+        "max_staleness": (lambda x: 0 <= x <= _LONGEST_LAG and x == round(x), f"an integer >= 0, at most {_LONGEST_LAG:g}"),
+        "step": (lambda x: 0 <= x <= LARGEST and x == round(x), f"an integer >= 0, at most {LARGEST:g}"),
+        "learning_rate": (lambda x: 1 / _HUGE < x < _HUGE, "a number > 0 and finite"),
+        "staleness": (lambda x: 0 <= x <= _LONGEST_LAG and x == round(x), f"an integer >= 0, at most {_LONGEST_LAG:g}"),
         "ess": (lambda x: 0 < x <= 1, "a share in (0, 1]"),
         "clip_fraction": (lambda x: 0 <= x <= 1, "a share in [0, 1]"),
         "tv": (lambda x: 0 <= x <= 1, "a total variation in [0, 1]"),
@@ -206,16 +226,14 @@ def _checked_row(where: str, row: dict[str, Any]) -> dict[str, Any]:
     for name in (*REQUIRED[1:], *_MEASURED):
         cell, (is_allowed, words) = _cell(row, name), allowed.get(name, (lambda x: x >= 0, "a number >= 0"))
         number = _number(cell)
-        # a run that became non-finite logs that in every column
-        unknown = (
-            cell == "" if name in (*REQUIRED, "reward") else cell == "" or number is not None and not math.isfinite(number)
-        )
+        # a run that became non-finite logs that in every column, and before it numbers whose squares are not finite
+        unknown = cell == "" if name in (*REQUIRED, "reward") else cell == "" or number is not None and not abs(number) < _HUGE
         if name in REQUIRED and unknown:
             raise ValueError(f"{where}: {name} is empty; it must be {words}")
         if not unknown and (number is None or not is_allowed(number)):
-            raise ValueError(f"{where}: {name}={cell!r} must be {words}")
+            raise ValueError(f"{where}: {name}={cell!r:.60} must be {words}")
         checked[name] = math.nan if unknown else number
-        if name == "reward" and not unknown and not math.isfinite(number):
+        if name == "reward" and not unknown and not abs(number) < _HUGE:
             checked[name] = math.inf  # told from an empty cell
     for name, words in (("outcome", OUTCOMES), ("role", ROLES)):
         checked[name] = str(_cell(row, name)).strip().lower()
@@ -230,9 +248,10 @@ def _cell(row, name: str) -> Any:
 
 
 def _number(cell: Any) -> float | None:
+    """Of a number or of text; Python's underscores are none in a log."""
     try:
-        return None if isinstance(cell, bool) else float(cell)
-    except (TypeError, ValueError):
+        return None if isinstance(cell, bool) or "_" in str(cell) else float(cell)
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

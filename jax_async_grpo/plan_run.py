@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_async_grpo import records, sweep_run
+from jax_async_grpo import planner, records, sweep_run
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number
-from jax_async_grpo.plan_evidence import Evidence, evidence_of_sweep, probe_rate
+from jax_async_grpo.plan_evidence import Evidence, anchor_staleness, evidence_of_sweep, probe_rate
 
-__all__ = ["PlanJob", "describe", "evidence", "kept_config", "measure", "num_chunks", "open_job"]
+__all__ = ["PlanJob", "check_reach", "describe", "evidence", "kept_config", "measure", "num_chunks", "open_job"]
 
 _KEYS = (
     "precision",
@@ -82,6 +82,13 @@ def open_job(config: Mapping[str, Any]) -> PlanJob:
     return PlanJob(config, {**sweep, "cases": {case: part}}, case, algorithm, folder)
 
 
+def check_reach(job: PlanJob, max_staleness: int, horizon: int) -> None:
+    """ValueError where S or T lies beyond what the anchors of the config will allow: said before they are measured."""
+    part = job.sweep["cases"][job.case]
+    anchor = anchor_staleness(part["max_staleness"], max_staleness)
+    planner.check_reach(max_staleness, horizon, anchor, (part["num_updates"],))
+
+
 def kept_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What the records of a workdir depend on: the config without the wanted S and T."""
     return {key: value for key, value in config.items() if key not in _WANTED}
@@ -104,15 +111,23 @@ def num_chunks(job: PlanJob, max_staleness: int) -> int:
     return own + needs_probe + bool(job.config["horizon_run"]["factor"])
 
 
-def measure(job: PlanJob, workdir: records.Workdir, max_staleness: int, on_chunk: Callable[[str, float], None]) -> None:
+def measure(
+    job: PlanJob,
+    workdir: records.Workdir,
+    max_staleness: int,
+    on_chunk: Callable[[str, float], None],
+    on_program: Callable[[str], None] = lambda name: None,
+) -> None:
     """Runs what the workdir lacks of a plan at S: anchors, then the runs that their boundaries ask for.
+
+    The two callbacks are those of `sweep_run.run_chunks`.
 
     Raises:
       ValueError: the anchors of another folder are incomplete: they are not this job's to finish.
     """
     programs: dict = {}
     if job.folder is None:
-        sweep_run.run_chunks(job.sweep, workdir, on_chunk, programs)
+        sweep_run.run_chunks(job.sweep, workdir, on_chunk, programs, on_program)
     rows = _all_rows(job, workdir.read_metrics())
     if _unfinished(job, job.sweep["cases"], rows):
         raise ValueError(f"config.anchors={job.folder} is an unfinished sweep of {job.case}/{job.algorithm}; finish it first")
@@ -120,7 +135,7 @@ def measure(job: PlanJob, workdir: records.Workdir, max_staleness: int, on_chunk
     if runs:
         sweep = {**job.sweep, "cases": runs}
         sweep_run.validate(sweep)
-        sweep_run.run_chunks(sweep, workdir, on_chunk, programs)
+        sweep_run.run_chunks(sweep, workdir, on_chunk, programs, on_program)
 
 
 def evidence(job: PlanJob, rows: Sequence[Mapping[str, Any]], max_staleness: int) -> Evidence:

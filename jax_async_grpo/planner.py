@@ -25,8 +25,9 @@ from scipy import stats
 
 from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
 
-__all__ = ["Anchor", "HorizonRun", "Plan", "Probe", "make_plan"]
+__all__ = ["LARGEST", "Anchor", "HorizonRun", "Plan", "Probe", "check_reach", "make_plan"]
 
+LARGEST = 10**15  # S and T that can be asked for, updates: no run is longer, and every integer up to there is a float
 STATUSES = ("found", "none", "censored", "ill-defined")
 _MODEL_ERROR = {"policy": 0.35, "parameters": 0.5}  # nats; scatter of η_80 about the form, beyond the anchors' intervals
 _HORIZON_ERROR = 0.14  # nats, of t_c·η
@@ -265,8 +266,8 @@ def make_plan(
       ValueError: one anchor, two at the same S, none at S = 0; a missing probe, or one at another S without anchors; S or T
         beyond the stated factor of the anchors' without `extrapolate`; an option out of range.
     """
-    max_staleness = as_integer("max_staleness", max_staleness, minimum=0)
-    horizon = as_integer("horizon", horizon, minimum=1)
+    max_staleness = as_integer("max_staleness", max_staleness, minimum=0, maximum=LARGEST)
+    horizon = as_integer("horizon", horizon, minimum=1, maximum=LARGEST)
     confidence = as_fraction("confidence", confidence)
     model_error = None if model_error is None else as_positive("model_error", model_error)
     if learning_rate is not None:
@@ -305,7 +306,8 @@ def _bracketed(wanted, measured, probe, fresh, stale, horizon_run, model_error, 
     )
     ratio, kind = _drift_ratio(probe, S, stale.max_staleness)
     lost_to_lag = np.maximum(np.exp(-stale_log) - np.exp(-fresh_log), 0.0)
-    notes: list[str] = []
+    beyond = _beyond(S, T, stale.max_staleness, (fresh.horizon, stale.horizon))
+    notes = [f"EXTRAPOLATED: {words}; the interval does not cover this" for words in beyond]
     horizon_limit = _horizon_limit(horizon_run, T, notes)
     # Where the anchors cannot tell lag from noise, both measure the same boundary.
     pooled = np.exp(np.where(lost_to_lag > 0, fresh_log, (fresh_log + stale_log) / 2))
@@ -433,18 +435,31 @@ def _checked_anchors(anchors, wanted, probe, extrapolate) -> tuple[Anchor, Ancho
     are_numbers = {fresh.status, stale.status} <= {"found", "censored"}
     if probe is None and are_numbers and S not in (0, stale.max_staleness):
         raise ValueError(f"probe is missing: S = {S} is not that of an anchor, so its drift must be measured")
-    for name, value, reach in (("max_staleness", S, stale.max_staleness), ("horizon", T, min(fresh.horizon, stale.horizon))):
-        if value > _EXTRAPOLATION * reach and not extrapolate:
-            raise ValueError(
-                f"{name}={value} is more than {_EXTRAPOLATION:g} times the anchors' {reach}; measure anchors nearer to it, or "
-                "pass extrapolate (--extrapolate) and do not trust the interval"
-            )
-    if _EXTRAPOLATION * T < max(fresh.horizon, stale.horizon) and not extrapolate:
-        raise ValueError(
-            f"horizon={T} is less than 1/{_EXTRAPOLATION:g} of the anchors' {max(fresh.horizon, stale.horizon)}; measure "
-            "shorter anchors, or pass extrapolate (--extrapolate)"
-        )
+    if not extrapolate:
+        check_reach(S, T, stale.max_staleness, (fresh.horizon, stale.horizon))
     return fresh, stale
+
+
+def check_reach(max_staleness: int, horizon: int, anchor_staleness: int, horizons: tuple[int, ...]) -> None:
+    """ValueError where the wanted S or T lies beyond the stated factor of the larger anchor's S, or of the anchors' T."""
+    beyond = _beyond(max_staleness, horizon, anchor_staleness, horizons)
+    if beyond:
+        raise ValueError(
+            f"{beyond[0]}; measure anchors nearer to it, or pass extrapolate (--extrapolate) and do not trust the interval"
+        )
+
+
+def _beyond(max_staleness: int, horizon: int, anchor_staleness: int, horizons: tuple[int, ...]) -> list[str]:
+    """What of S and T lies beyond the stated factor, in words."""
+    wanted = (("max_staleness", max_staleness, anchor_staleness), ("horizon", horizon, min(horizons)))
+    found = [
+        f"{name}={value} is more than {_EXTRAPOLATION:g} times the anchors' {reach}"
+        for name, value, reach in wanted
+        if value > _EXTRAPOLATION * reach
+    ]
+    if _EXTRAPOLATION * horizon < max(horizons):
+        found.append(f"horizon={horizon} is less than 1/{_EXTRAPOLATION:g} of the anchors' {max(horizons)}")
+    return found
 
 
 def _drift_ratio(probe: Probe | None, max_staleness: int, anchor_staleness: int) -> tuple[float, str | None]:

@@ -247,16 +247,15 @@ class Workdir:
         """The rows of metrics.jsonl so far."""
         return self.read_rows("metrics.jsonl")
 
-    def read_rows(self, name: str) -> list[dict[str, Any]]:
-        """The rows of a JSONL file of the folder so far; ValueError on a line that is no record."""
+    def read_rows(self, name: str, *, otherwise: str = "pass --overwrite or another --workdir") -> list[dict[str, Any]]:
+        """The rows of a JSONL file of the folder so far; ValueError on a line that is no record: delete it, or `otherwise`."""
         try:
             rows = read_jsonl(self.path / name)
         except ValueError as error:
-            raise ValueError(f"{error}; delete the line, or pass --overwrite or another --workdir") from None
+            raise ValueError(f"{error}; delete the line, or {otherwise}") from None
         for number, row in enumerate(rows, start=1):
             if not isinstance(row, dict) or "kind" not in row:
-                advice = "delete it, or pass --overwrite or another --workdir"
-                raise ValueError(f"{self.path / name}: line {number} is no record of a job; {advice}")
+                raise ValueError(f"{self.path / name}: line {number} is no record of a job; delete it, or {otherwise}")
         return rows
 
     def truncate_rows(self, name: str, keep: Callable[[dict[str, Any]], bool]) -> int:

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict
 
 from jax_async_grpo import audit, audit_summary, bias_summary, experiment, records, report, studies, sweep_run, sweep_summary
 from jax_async_grpo.bias_run import finished_chunks
+from jax_async_grpo.config_checks import job_of
 from jax_async_grpo.html_report import Folded, Items, Markdown, Page, Part, Picture, Section, Table, Text
 from jax_async_grpo.sweep_figure import level_of, sweep_figure, whole_horizon
 
@@ -27,13 +28,6 @@ __all__ = ["page_of_run"]
 Record = Mapping[str, Any]
 Rows = Sequence[Record]
 
-# What a config of the kind holds and no other does; `config.study` is what makes a study.
-_SIGNS = {
-    "study": {"study"},
-    "audit": {"rank_at", "losses"},
-    "sweep": {"rule", "algorithms", "cases"},
-    "measure_bias": {"clip_level", "cases"},
-}
 _NAMED_AT_MOST = 5  # of what is missing
 _ABSENT = "–"
 
@@ -54,17 +48,22 @@ def page_of_run(folder: str | os.PathLike) -> Page:
     if not documents:
         raise ValueError(f"workdir={folder} holds no run: there is no config.json and no summary; give the --workdir of a run")
     config = documents.get("config.json", {})
-    kind = next((kind for kind, keys in _SIGNS.items() if isinstance(config, dict) and keys <= config.keys()), None)
-    if kind is None:
+    kind = job_of(config)
+    if kind not in _BUILDERS:
         return _other_page(folder, documents)
     name = audit.RECORDS if kind == "audit" else "metrics.jsonl"
-    rows = records.Workdir(folder, resumed=True).read_rows(name)
-    versions = documents.get("summary.json", {}).get("versions", {})
+    rows = records.Workdir(folder, resumed=True).read_rows(name, otherwise="run the job again")
+    summary = documents.get("summary.json", {})
+    versions = summary.get("versions", {}) if isinstance(summary, dict) else None
+    if not isinstance(versions, dict):
+        raise ValueError(f"{folder / 'summary.json'} is no summary of a run; the job that wrote it writes it anew")
     try:
         page = _BUILDERS[kind](folder, config, rows, versions)
-    except KeyError as error:
-        raise ValueError(f"workdir={folder} lacks {error}: a run of another version of the package; run it again") from error
-    what = _what_was_run(kind, folder, config, versions)
+        what = _what_was_run(kind, folder, config, versions)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:  # files are the user's: anything can stand in them
+        is_name = isinstance(error, KeyError) and error.args and isinstance(error.args[0], str)
+        wrong = f"lacks {error}" if is_name else f"cannot be read as a run of launch.{kind} ({type(error).__name__}: {error})"
+        raise ValueError(f"workdir={folder} {wrong}: damaged, or of another version of the package; run it again") from error
     return Page(page.title, page.lead, [*page.sections, what], page.warnings)
 
 
@@ -74,7 +73,7 @@ def _documents(folder: Path) -> dict[str, Any]:
     for path in sorted(folder.glob("*.json"), key=lambda path: (path.name != "config.json", path.name)):
         try:
             found[path.name] = records.read_json(path)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON ({error}); the job that wrote it writes it anew") from None
     return found
 

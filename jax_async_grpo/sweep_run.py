@@ -183,6 +183,7 @@ def run_chunks(
     workdir: Workdir,
     on_chunk: Callable[[str, float], None],
     programs: dict[Any, tuple[experiment.Case, Callable]] | None = None,
+    on_program: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Runs every chunk the workdir does not hold yet.
 
@@ -194,6 +195,7 @@ def run_chunks(
       workdir: where the records go.
       on_chunk: called after each chunk with its name and seconds (0 for one that was recorded before).
       programs: compiled by an earlier call, to be used again; those compiled here are added.
+      on_program: called with the name of a chunk whose warm start and compilation come first, which can take minutes.
 
     Raises:
       invariants.InvariantViolation: naming chunk, invariant, step and value; the chunk is not recorded.
@@ -209,6 +211,7 @@ def run_chunks(
         part, capacity, length = config["cases"][chunk.case], *_sizes(config, chunk.case)
         key = (json.dumps([_world(part), config["algorithms"][chunk.algorithm]], sort_keys=True), capacity, length)
         if key not in programs:
+            on_program(chunk.name)
             case = build_case(config, chunk.case, chunk.algorithm)
             programs[key] = case, _compile(case, capacity)
         case, program = programs[key]

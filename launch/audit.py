@@ -17,7 +17,7 @@ _WRITTEN = ("audit.jsonl", "audit.md", "audit.html", "bias_variance.png", "curve
 
 
 def main() -> int:
-    config = command_line.config_of_job("configs/audit.py")
+    config = command_line.config_of_job("configs/audit.py", job="audit")
     audit.validate(config)
     entries = audit.entries(config)
     if command_line.DRY_RUN.value:

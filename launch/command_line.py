@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging as std_logging
 import os
 import re
@@ -19,6 +20,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from jax_async_grpo import config_checks
+
 __all__ = [
     "CONFIG",
     "DRY_RUN",
@@ -29,6 +32,7 @@ __all__ = [
     "progress",
     "read_config",
     "run",
+    "say_of_program",
 ]
 
 # The flags of every job, defined once. Keys the config lacks pass here, so that the job's own check can name them and say which
@@ -41,6 +45,7 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, measure nothing."
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh in a workdir that holds another run; other files stay.")
 
 _interrupted = threading.Event()
+_BROKEN_PIPE = 128 + signal.SIGPIPE  # as of a program that the signal ends: `| head` has seen enough
 
 
 def run(main: Callable[[], int | None]) -> None:
@@ -48,7 +53,7 @@ def run(main: Callable[[], int | None]) -> None:
 
     A ValueError is the user's to mend, and so is an OSError (a full disk), so its one line is the whole message, and
     `--verbosity=1` adds the traceback; anything else is ours and keeps it. A warning is one line too. Ctrl-C ends with code
-    130, and where `main` is the program, at once.
+    130, and where `main` is the program, at once. Where whoever reads the output has gone, it ends in silence with code 141.
     """
 
     def parse(arguments: list[str]) -> list[str]:
@@ -72,7 +77,13 @@ def run(main: Callable[[], int | None]) -> None:
             _say(f"unexpected argument {arguments[1]!r}; options are given as --name=value, --help lists them")
             return 2
         try:
-            return main()
+            code = main()
+            sys.stdout.flush()  # here, where a reader that has gone is no error
+            return code
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):  # a stream without a file has nothing to flush into it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return _BROKEN_PIPE
         except (ValueError, OSError) as error:
             if logging.level_debug():
                 raise
@@ -86,6 +97,9 @@ def run(main: Callable[[], int | None]) -> None:
         _interrupted.set()
         signal.default_int_handler(number, frame)
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal of ASCII cannot show is no reason to stop
     _interrupted.clear()
     handler, formatter = signal.signal(signal.SIGINT, interrupt), warnings.formatwarning
     warnings.formatwarning = _one_line
@@ -110,18 +124,23 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
-def config_of_job(example: str, *, spread: bool = False) -> dict[str, Any]:
+def config_of_job(example: str, *, job: str = "", spread: bool = False) -> dict[str, Any]:
     """The config of a job, and jax set up for it.
 
     A job is in float64 on the CPU, as accelerators lack float64 or emulate it slowly, unless its config says
     `precision="float32"`. With `spread` every core is a device of its own, over which sweeps spread their runs.
 
     Raises:
-      ValueError: --config is missing, or --workdir without --dry_run, naming `example`; what `read_config` raises.
+      ValueError: --config is missing, or --workdir without --dry_run, naming `example`; what `read_config` raises; the config
+        is that of another launch script than `job`.
     """
     if not CONFIG.present or not (WORKDIR.value or DRY_RUN.value):
         raise ValueError(f"give --config={example} and --workdir=DIR (or --dry_run)")
     config = read_config(CONFIG)
+    other = config_checks.job_of(config)
+    if job and other not in (job, None):
+        path = flags.FLAGS[CONFIG.name].config_filename
+        raise ValueError(f"--config={path} looks like a config of another job: python -m launch.{other} takes it")
     is_theory = config.get("precision", "float64") != "float32"
     jax.config.update("jax_enable_x64", is_theory)
     std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)  # which backends there are not is no news
@@ -146,6 +165,12 @@ def progress(total: int, unit: str) -> Iterator[Callable[[str, str], None]]:
             check_interrupt()
 
         yield report
+
+
+def say_of_program(name: str) -> None:
+    """A line on the piece whose warm start and compilation begin, where no bar shows that the job is alive."""
+    if not sys.stderr.isatty():
+        print(f"{name}: warm start and compilation first", flush=True)
 
 
 def read_config(flag: flags.FlagHolder) -> dict[str, Any]:

@@ -17,7 +17,7 @@ flags.adopt_module_key_flags(command_line)  # --help shows them
 
 
 def main() -> int:
-    config = command_line.config_of_job("configs/measure_bias.py")
+    config = command_line.config_of_job("configs/measure_bias.py", job="measure_bias")
     experiment.validate(config)
     experiment.check_algorithm(config)
     cases = [experiment.build_case(config, name, start=False) for name in config["cases"]]

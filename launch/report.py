@@ -28,6 +28,8 @@ def main() -> int:
     output = Path(OUTPUT.value or workdir / "report.html")
     if OUTPUT.value and (output.suffix != ".html" or not output.resolve().parent.is_dir()):
         raise ValueError(f"--output={output} must end in .html and lie in a folder that exists")
+    if output.is_dir():
+        raise ValueError(f"--output={output} is a folder; give a file" if OUTPUT.value else f"{output} is a folder; remove it")
     html_report.write_page(run_pages.page_of_run(workdir), output)
     print(output)
     return 0

@@ -5,7 +5,9 @@ python -m launch.study --config=configs/study_delay.py --workdir=DIR [--page=doc
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from absl import flags
 
@@ -17,10 +19,12 @@ PAGE = flags.DEFINE_string("page", None, "File of the page, Markdown; without it
 
 
 def main() -> int:
-    config = command_line.config_of_job("configs/study_delay.py", spread=True)
+    config = command_line.config_of_job("configs/study_delay.py", job="study", spread=True)
     study = studies.load_study(config)
     study.validate(config)
     names = study.pieces(config)
+    if PAGE.value:
+        _check_page(Path(PAGE.value))
     if command_line.DRY_RUN.value:
         print(*names, f"{len(names)} pieces", sep="\n")
         return 0
@@ -39,6 +43,13 @@ def main() -> int:
     for path in studies.write_results(study, config, workdir, PAGE.value or workdir.path / "page.md"):
         print(path)
     return 0
+
+
+def _check_page(page: Path) -> None:
+    """Before the work, not after it; the folder of the page may have to be made."""
+    there = next(folder for folder in page.absolute().parents if folder.exists())
+    if page.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        raise ValueError(f"--page={page} cannot be written; give a file in a folder that can")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ flags.adopt_module_key_flags(command_line)  # --help shows them
 
 
 def main() -> int:
-    config = command_line.config_of_job("configs/sweep_digits.py", spread=True)
+    config = command_line.config_of_job("configs/sweep_digits.py", job="sweep", spread=True)
     sweep_run.validate(config)
     if command_line.DRY_RUN.value:
         print(sweep_run.describe(config))
@@ -31,7 +31,7 @@ def main() -> int:
             report(name, f"{name}: {f'{seconds:.1f} s' if seconds else 'recorded before'}")
 
         try:
-            sweep_run.run_chunks(config, workdir, on_chunk)
+            sweep_run.run_chunks(config, workdir, on_chunk, on_program=command_line.say_of_program)
         except (KeyboardInterrupt, invariants.InvariantViolation) as stop:
             code, stopped = (130, "\nInterrupted") if isinstance(stop, KeyboardInterrupt) else (1, f"error: {stop}")
     _report(config, workdir)

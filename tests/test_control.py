@@ -324,6 +324,21 @@ def test_the_radius_may_be_scheduled(name):
     np.testing.assert_allclose(drift(positions, 2)[[5, 8, 15, 20]], RADIUS * np.array([1, 1, 2, 2]), rtol=1e-12)
 
 
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_radius_that_reaches_zero_stops_the_run_and_a_nan_shows(name):
+    """What a schedule may come to, which no check can see: to divide by it would give NaN, and by a negative one turn back."""
+    updates, params = jnp.arange(1.0, 5.0), jnp.ones(4)
+
+    @jax.jit
+    def factor(radius, lag):
+        limit = LIMITS[name](radius, 3)
+        applied, _ = limit.update(updates, limit.init(params), params, staleness=lag)
+        return applied / updates
+
+    found = [factor(radius, lag) for radius, lag in ((0.0, 3), (-1.0, 3), (np.nan, 3), (0.0, 0), (-1.0, 0))]
+    np.testing.assert_array_equal(found, np.array([[0, 0, np.nan, 1, 1]]).T * np.ones(4))
+
+
 def test_lags_of_prompts_count_by_their_largest_and_none_above_the_maximum():
     optimizer = limit_staleness_path(RADIUS, 4)
     state = optimizer.init(np.ones(4))
@@ -422,6 +437,14 @@ def test_an_update_step_passes_what_the_optimizer_asks_for():
         ({"max_staleness": -1}, r"max_staleness=-1 must be an integer >= 0"),
         ({"max_staleness": 2.5}, r"max_staleness=2.5 must be an integer >= 0"),
         ({"exponent": 1.5}, r"exponent=1.5 must lie in \[0, 1\]"),
+        ({"radius": None}, r"radius=None must be one number and be > 0"),
+        ({"radius": [1.0]}, r"radius=\[1.0\] must be one number"),
+        ({"radius": "a"}, r"radius='a' must be one number"),
+        ({"radius": True}, r"radius=True must be one number"),
+        ({"radius": 10**400}, r"radius=10+ must be one number"),
+        ({"exponent": None}, r"exponent=None must be one number and lie in \[0, 1\]"),
+        ({"radius": jnp.ones(2)}, r"radius has shape \(2,\); it must be one number"),
+        ({"exponent": jnp.ones((1, 1))}, r"exponent has shape \(1, 1\); it must be one number"),
     ],
 )
 def test_options_out_of_range_are_named(limit, options, message):
@@ -448,6 +471,13 @@ def test_a_window_that_is_none_is_refused(limit, value, message):
         optimizer.update(jnp.ones(2), optimizer.init(jnp.ones(2)), jnp.ones(2), staleness=value)
 
 
+@pytest.mark.parametrize("limit", LIMITS.values())
+def test_complex_updates_are_not_measured_by_their_real_part(limit):
+    params, updates = {"w": np.zeros(1, complex)}, {"w": np.array([4j])}
+    with pytest.raises(ValueError, match="updates are complex; real and imaginary parts must be leaves"):
+        limit(1.0, 2).update(updates, limit(1.0, 2).init(params), params, staleness=1)
+
+
 def test_other_missing_things_are_named():
     optimizer = limit_staleness_drift(1.0, 2)
     with pytest.raises(ValueError, match="params is None"):
@@ -455,7 +485,8 @@ def test_other_missing_things_are_named():
     for ess, message in [(None, "ess is missing"), (0.0, r"ess=0 must lie in \(0, 1\]"), (np.ones(2), r"ess has shape \(2,\)")]:
         with pytest.raises(ValueError, match=message):
             scale_by_ess().update(jnp.ones(2), optax.EmptyState(), ess=ess)
-    for options, message in [({"exponent": 0.0}, "exponent=0 must be > 0"), ({"reference": 1.5}, "reference=1.5 must lie in")]:
+    wrong = [({"exponent": 0.0}, "exponent=0 must be > 0"), ({"reference": 1.5}, "reference=1.5 must lie in")]
+    for options, message in [*wrong, ({"reference": "1"}, "reference='1' must be one number and lie in")]:
         with pytest.raises(ValueError, match=message):
             scale_by_ess(**options)
 

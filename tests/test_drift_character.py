@@ -70,6 +70,22 @@ def test_noise_alone_is_not_resolved():
     assert abs(found.ceiling) < 0.03 and not found.resolved
 
 
+def test_what_is_no_cosine_is_no_ceiling():
+    """2c/(1+c) falls below −1 for c < −1/3."""
+    for cosines in ([-0.5] * 5, [-1.0] * 5, [-0.2, -0.6, -0.5]):
+        found = scaling.cosine_ceiling(cosines)
+        assert np.isnan([found.ceiling, *found.interval, found.standard_error]).all() and not found.resolved
+    found = scaling.cosine_ceiling([-0.32, -0.33, 0.2, -0.6])
+    assert -1 <= found.interval[0] < found.ceiling < found.interval[1] <= 1
+
+
+def test_cosines_do_not_depend_on_the_scale():
+    first, second = np.random.default_rng(5).normal(size=(2, 4, 6))
+    expected = scaling.half_batch_cosines(first, second)
+    for scale in (1e-300, 1e300):
+        np.testing.assert_allclose(scaling.half_batch_cosines(scale * first, second / scale), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("direction, word", [(1.0, "ballistic"), (0.0, "diffusive"), (0.3, "undetermined")])
 def test_simulated_drift(direction, word):
     """Straight, random and mixed paths through the whole chain: gradients, ceiling, MSD, γ, word."""

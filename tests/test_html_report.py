@@ -431,6 +431,9 @@ def test_the_job_writes_one_file_and_says_where(tmp_path):
     assert not (tmp_path / "report.html").exists()  # of the run that was there
 
 
+SWEEP = '{"cases": {}, "rule": {}, "algorithms": {}, "level": 0.8, "confidence": 0.9}'
+
+
 @pytest.mark.parametrize(
     ("files", "arguments", "message"),
     [
@@ -440,14 +443,23 @@ def test_the_job_writes_one_file_and_says_where(tmp_path):
         ({"file": ""}, ["--workdir={}/file"], "file is no folder"),
         ({"summary.json": "{"}, ["--workdir={}"], "summary.json is not JSON"),
         ({"config.json": '{"study": "x", "sources": []}', "metrics.jsonl": "{}\n"}, ["--workdir={}"], "line 1 is no record"),
+        ({"config.json": SWEEP, "metrics.jsonl": "{\n"}, ["--workdir={}"], "delete the line, or run the job again\n"),
         ({"config.json": '{"rank_at": [1, 0.5], "losses": {}}'}, ["--workdir={}"], "lacks 'extra_losses'"),
+        ({"config.json": SWEEP, "summary.json": "[]"}, ["--workdir={}"], "summary.json is no summary of a run"),
+        ({"config.json": SWEEP, "summary.json": '{"versions": 3}'}, ["--workdir={}"], "summary.json is no summary of a run"),
+        ({"config.json": SWEEP.replace("{}", "[1]", 1)}, ["--workdir={}"], "cannot be read as a run of launch.sweep (Attrib"),
+        ({"config.json": SWEEP.replace("{}", '{"a": null}', 1)}, ["--workdir={}"], "launch.sweep (TypeError: "),
+        ({"config.json": SWEEP.replace("{}", '{"x": 1}')}, ["--workdir={}"], "cannot be read as a run of launch.sweep"),
+        ({"config.json": "[" * 100_000}, ["--workdir={}"], "config.json is not JSON"),
         ({"summary.json": "{}"}, ["--workdir={}", "--output={}/x.pdf"], "x.pdf must end in .html"),
         ({"summary.json": "{}"}, ["--workdir={}", "--output={}/none/x.html"], "lie in a folder that exists"),
+        ({"summary.json": "{}", "x.html/y": ""}, ["--workdir={}", "--output={}/x.html"], "x.html is a folder; give a file"),
         ({}, [], "give --workdir=DIR"),
     ],
 )
 def test_what_is_no_run_is_one_clear_line(tmp_path, files, arguments, message):
     for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     code, out, err = launch(*(argument.format(tmp_path) for argument in arguments))
     assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err

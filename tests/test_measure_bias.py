@@ -682,8 +682,22 @@ def test_as_a_program_it_warns_in_one_line_and_leaves_at_once_when_interrupted(t
     assert (ran.returncode, ran.stdout, ran.stderr) == (left, out, f"warning: scores are not cached\n{err}")
 
 
+def test_a_reader_that_has_gone_is_no_error(tmp_path):
+    """As `| head -1` does: a pipe whose reading end is closed."""
+    script = tmp_path / "job.py"
+    script.write_text("from launch import command_line\ndef main():\n    print('plan')\ncommand_line.run(main)\n")
+    reading, writing = os.pipe()
+    os.close(reading)
+    options = dict(env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=writing, stderr=subprocess.PIPE, timeout=120)
+    ran = subprocess.run([sys.executable, str(script)], **options)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (141, b"")
+
+
 def test_as_a_program_it_explains_itself():
+    """Where the terminal knows ASCII alone too, which has no η."""
     command = [sys.executable, "-m", "launch.measure_bias", "--help"]
-    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    shown = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, text=True, timeout=120).stdout
     assert "Measures the staleness bias of GRPO exactly" in shown and "--config=configs/measure_bias.py --workdir=DIR" in shown
     assert all(flag in shown for flag in ("--config:", "--workdir:", "--[no]dry_run:", "--[no]overwrite:"))

@@ -268,11 +268,20 @@ def test_a_horizon_run_of_a_log_limits_it(tmp_path):
         ("", r"log.csv holds no rows"),
         ("run,max_staleness,learning_rate,step\n", r"log.csv holds no rows"),
         ("Some text\nwith, commas\n", r"log.csv: column run is missing; needed are run, max_staleness"),
+        ("run;max_staleness;learning_rate;step\n", "column run is missing; the header seems to be separated by semicolons, it"),
+        ("run\tmax_staleness\tlearning_rate\tstep\n", "column run is missing; the header seems to be separated by tabs, it"),
+        ("run,max_staleness,Learning_Rate,step\n", "learning_rate is missing; 'Learning_Rate' is there: names are in lower"),
+        ("run,max_staleness,learning_rate,step,reward, reward\n", r"log.csv: column reward stands twice in the header"),
         ("run,max_staleness,lr,step\na,0,1,1\n", r"column learning_rate is missing; needed are run, max_staleness"),
         ("run,max_staleness,learning_rate,step\na,0,x,1\n", r"log.csv:2: learning_rate='x' must be a number > 0"),
         ("run,max_staleness,learning_rate,step\na,0,1,1\na,0.5,1,2\n", r"log.csv:3: max_staleness='0.5' must be an integer"),
         ("run,max_staleness,learning_rate,step\na,0,1,1\na,2,1,2\n", r"log.csv:3: max_staleness=2.0 of run a, which had 0"),
         ("run,max_staleness,learning_rate,step\na,0,1,1\na,0,1,1\n", r"log.csv:3: step 1 of run a stands there twice"),
+        ("run,max_staleness,learning_rate,step\na,0,1_0e-06,1\n", r"log.csv:2: learning_rate='1_0e-06' must be a number > 0"),
+        ("run,max_staleness,learning_rate,step\na,0,1e-60,1\n", r"learning_rate='1e-60' must be a number > 0"),
+        ("run,max_staleness,learning_rate,step\na,0,1,1e300\n", r"step='1e300' must be an integer >= 0, at most 1e\+15"),
+        ("run,max_staleness,learning_rate,step\na,0,1,inf\n", r"step='inf' must be an integer >= 0, at most"),
+        ("run,max_staleness,learning_rate,step\na,1e9,1,1\n", r"max_staleness='1e9' must be an integer >= 0, at most 1e\+06"),
         ("run,max_staleness,learning_rate,step\na,0,1\n", r"log.csv:2 has another number of cells"),
         ("run,max_staleness,learning_rate,step\na,0,1,0\n", r"log.csv:2: run a has no row after step 0"),
         ("run,max_staleness,learning_rate,step\n,0,1,1\n", r"log.csv:2: run is empty"),
@@ -292,15 +301,29 @@ def test_a_bad_log_is_one_line_with_its_place(tmp_path, text, message):
 def test_json_that_is_none_is_refused(tmp_path):
     for name, text, message in (
         ("a.json", "{", "a.json is not JSON"),
-        ("a.json", "{}", "holds a dict; it must be a list"),
+        ("a.json", "{}", "holds an object; it must be a list"),
+        ("a.json", "null", "holds null; it must be a list"),
+        ("a.JSON", "1.5", "holds a number; it must be a list"),
         ("a.json", "[1]", "entry 1 is no object"),
         ("a.jsonl", '{"run": 1}\n{', "a.jsonl:2 is not JSON"),
+        ("a.json", "[" * 100_000, "a.json is not JSON: maximum recursion"),
+        ("a.json", f'[{{"run": 1, "max_staleness": 0, "learning_rate": 1, "step": 1{"0" * 400}}}]', "step=10+ must be an int"),
         ("none.csv", None, "none.csv cannot be read: No such file"),
     ):
         if text is not None:
             (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             plan_log.read_log(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_norm_without_a_finite_square_is_as_good_as_a_run_that_became_non_finite(tmp_path):
+    made = {}
+    for norm in (1e308, math.inf, ""):
+        rows = log_rows({0: 0.3, 8: 0.1})
+        rows[-1]["update_norm"] = norm
+        made[norm] = plan(of_log(write_log(tmp_path / "log.csv", rows)))
+    assert made[1e308] == made[math.inf] == made[""]
 
 
 def test_rewards_without_a_ceiling_ask_for_one(tmp_path):
@@ -482,9 +505,12 @@ def test_the_job_plans_from_what_is_there(measured, tmp_path):
     for arguments, message in (
         (("--max_staleness=30", "--horizon=40"), "max_staleness=30 is more than 4 times the anchors' 3; .*--extrapolate"),
         (("--max_staleness=-1",), "--max_staleness=-1 must be an integer >= 0"),
+        (("--extrapolate", f"--horizon=1{'0' * 400}"), "--horizon=10+ must be an integer in 1..10+$"),
         (("--config.algorithm=tis",), "config.algorithm is 'tis'"),
         (("--config.probe.num_seeds=3",), "holds another config: probe.num_seeds is 2 there and 3 here"),
         (("--log=x.csv",), "--log is planned from as it is"),
+        (("--ceiling=1",), "--ceiling and --clip_level are for --log"),
+        (("--clip_level=0.05",), "--ceiling and --clip_level are for --log"),
         (("--typo=1",), "Unknown command line flag 'typo'"),
     ):
         code, said, error = job(*here, *arguments)
@@ -503,6 +529,59 @@ def test_the_example_log_is_planned_without_a_config(tmp_path):
     assert job(log, "--ceiling=1", "--max_staleness=33")[0] == 2
     code, said, _ = job(log, "--ceiling=1", "--max_staleness=33", "--extrapolate", f"--workdir={tmp_path}")
     assert code == 0 and all((tmp_path / name).exists() for name in plan_report.WRITTEN)
+
+
+def test_forgotten_flags_and_configs_of_other_jobs_are_named():
+    code, said, error = job()
+    assert (code, said) == (2, "") and "--config=configs/plan.py and --workdir=DIR" in error and "--log=FILE" in error
+    for name in ("sweep_digits", "study_delay", "measure_bias", "audit", "train_smoke"):
+        other = name.partition("_")[0] if name != "measure_bias" else name
+        code, _, error = job(f"--config={ROOT / 'configs' / name}.py", "--dry_run")
+        assert code == 2 and f"{name}.py looks like a config of another job: python -m launch.{other} takes it" in error
+        assert error.count("\n") == 1
+    assert job(f"--config={ROOT / 'configs' / 'plan.py'}", "--dry_run")[0] == 0
+
+
+def test_what_no_plan_could_answer_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan_run, "measure", None)
+    file = tmp_path / "config.py"
+    file.write_text("from tests.test_plan import tiny_config as get_config\n")
+    for arguments, message in (
+        (("--learning_rate=-1",), "--learning_rate=-1 must be > 0 and finite"),
+        (("--learning_rate=nan",), "--learning_rate=nan must be > 0 and finite"),
+        (("--horizon=161",), "horizon=161 is more than 4 times the anchors' 40; .*--extrapolate"),
+        (("--horizon=9",), "horizon=9 is less than 1/4 of the anchors' 40; .*--extrapolate"),
+        (("--max_staleness=13",), "max_staleness=13 is more than 4 times the anchors' 3; .*--extrapolate"),
+    ):
+        for how in ("--dry_run", "--measure"):
+            code, said, error = job(f"--config={file}", f"--workdir={tmp_path / 'run'}", how, *arguments)
+            assert code == 2 and not said and re.search(message, error) and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
+    assert job(f"--config={file}", "--dry_run", "--extrapolate", "--horizon=161")[0] == 0
+
+
+def test_a_plan_of_a_log_leaves_other_folders_alone(tmp_path):
+    planned = (f"--log={ROOT / 'examples' / 'plan_log.csv'}", "--ceiling=1")
+    other = tmp_path / "other"
+    records.open_workdir(other, {"clip_level": 0.1, "cases": {}})
+    code, said, _ = job(*planned, f"--workdir={other}", "--dry_run")
+    assert code == 0 and "bracketed" in said and [path.name for path in other.iterdir()] == ["config.json"]
+    code, said, error = job(*planned, f"--workdir={other}")
+    assert (code, said) == (2, "") and "holds another config" in error and len(list(other.iterdir())) == 1
+    mine = f"--workdir={tmp_path / 'mine'}"
+    assert [job(*planned, mine)[0] for _ in range(2)] == [0, 0]
+    before = (tmp_path / "mine" / "plan.txt").read_bytes()
+    code, said, error = job(*planned, mine, "--max_staleness=4")
+    assert (code, said) == (2, "") and "max_staleness is 32 there and 4 here" in error
+    assert (tmp_path / "mine" / "plan.txt").read_bytes() == before
+    assert job(*planned, mine, "--max_staleness=4", "--overwrite")[0] == 0
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_the_plan(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for folder, message in (("file", "is a file; give a folder"), ("file/under", "cannot be created or written")):
+        code, said, error = job(f"--log={ROOT / 'examples' / 'plan_log.csv'}", "--ceiling=1", f"--workdir={tmp_path / folder}")
+        assert (code, said) == (2, "") and f"workdir={tmp_path / folder} {message}" in error and error.count("\n") == 1
 
 
 def test_a_wrong_config_is_one_line():

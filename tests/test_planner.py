@@ -187,7 +187,12 @@ def test_what_cannot_be_planned_is_refused_in_one_line(changes, message):
 
 
 def test_extrapolation_is_possible_when_asked_for():
-    assert plan(max_staleness=64, probe=at_lag(64), extrapolate=True).max_learning_rate < plan().max_learning_rate
+    made = plan(max_staleness=64, probe=at_lag(64), extrapolate=True)
+    assert made.max_learning_rate < plan().max_learning_rate
+    assert made.notes[0].startswith("EXTRAPOLATED: max_staleness=64 is more than 4 times the anchors' 8")
+    for horizon, words in ((1601, "more than 4 times the anchors' 400"), (99, "less than 1/4 of the anchors' 400")):
+        assert words in plan(horizon=horizon, extrapolate=True).notes[0]
+    assert not any("EXTRAPOLATED" in note for note in plan(extrapolate=True).notes)
 
 
 def test_an_anchor_or_probe_without_sense_is_refused():

@@ -215,6 +215,8 @@ X2 = np.array([[1, 1], [2, 1], [4, 2], [8, 5.0], [3, 3]])
         (X2[:, 0], X2[:, 1], {"num_bootstrap": 10}, "num_bootstrap=10 must be an integer >= 100"),
         (X2[:, 0], X2[:, 1], {"confidence": 95}, r"confidence=95 must lie in \(0, 1\)"),
         (X2[:, 0], X2[:, 1], {"seed": -1}, "seed=-1 must be an integer >= 0"),
+        (X2[:, 0], X2[:, 1] + 1j, {}, "y is complex; a power law is of real numbers"),
+        (X2[:, 0] + 0j, X2[:, 1], {}, "x is complex"),
     ],
 )
 def test_fit_refuses(x, y, arguments, message):

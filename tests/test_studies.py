@@ -124,6 +124,13 @@ def test_the_command_line_says_what_is_wrong_and_what_would_run(toy, tmp_path):
     for study, message in [("no.such.study", "config.study is 'no.such.study'"), ("math", "has no function validate, pieces")]:
         code, _, err = launch(tmp_path, "--dry_run", study=study)
         assert code == 2 and message in err and err.count("\n") == 1
+    with pytest.raises(ValueError, match="config.study is missing: this is no config of a study"):
+        studies.load_study({"sources": ()})
+    (tmp_path / "file").write_text("x")
+    for page in (tmp_path, tmp_path / "file" / "page.md", tmp_path / "file" / "new" / "page.md"):
+        code, _, err = launch(tmp_path, f"--workdir={tmp_path / 'run'}", f"--page={page}")
+        assert code == 2 and err == f"error: --page={page} cannot be written; give a file in a folder that can\n"
+    assert not toy.measured
     code, _, err = launch(tmp_path, "--dry_run", sources="'docs'")
     assert code == 2 and "config.sources is 'docs'" in err
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from configs import study_collapse as study_config
 from jax_async_grpo.scaling import stable_learning_rate
-from jax_async_grpo.studies import collapse
+from jax_async_grpo.studies import collapse, collapse_page
 from jax_async_grpo.studies import collapse_statistics as statistics
 
 RATES = 1e-3 * 2.0 ** np.arange(8)
@@ -265,6 +265,20 @@ def test_figures_are_drawn_of_what_is_recorded_so_far(planted, tmp_path):
     assert "censored" in collapse.page(result)
     names = {path.name for path in collapse.figures(part, result, tmp_path)}
     assert names == {f"collapse_{name}.{kind}" for name in ("boundary", "success", "outcomes") for kind in ("png", "svg")}
+
+
+def test_a_boundary_that_is_none_is_drawn_at_the_bottom_and_a_censored_one_at_the_largest_rate(planted):
+    config, rows, _ = planted
+    for outcome, status, mark in (("never learned", "none", "x"), ("success", "censored", "$\\uparrow$")):
+        result = collapse.summary(planted_rows(config, lambda *run, outcome=outcome: (outcome,)), config, {})
+        cells = [cell for loss in result["losses"] for cell in loss["cells"]]
+        assert {cell["status"] for cell in cells} == {status}
+        ax = collapse_page._boundary_figure(result).axes[0]
+        marks = [line for line in ax.lines if line.get_marker() == mark]
+        rates = [cell["learning_rates"][-1] for cell in cells]
+        heights = {float(line.get_ydata()[0]) for line in marks}
+        assert marks and (heights == {0.04} if status == "none" else heights <= set(rates))
+        assert all((line.get_transform() == ax.get_xaxis_transform()) == (status == "none") for line in marks)
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ def test_the_miniature_says_what_its_rows_say(finished, tmp_path):
     assert [path.name for path in horizon.figures(rows, summary, tmp_path)] == [
         f"horizon_{name}.{kind}" for name in ("constant", "curves") for kind in ("png", "svg")
     ]
+    shown = f"η = {summary['shown_learning_rate']:g}, {summary['schedules'][0]} lag of S updates"
+    assert shown in (tmp_path / "horizon_curves.svg").read_text()
 
 
 def planted(product) -> tuple[dict, list[dict]]:

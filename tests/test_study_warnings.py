@@ -175,6 +175,9 @@ def test_figures_and_the_side_of_the_windows(tmp_path):
     assert "changes sides along the run: lower before a fall at update 320" in warnings.page(summary)
     paths = warnings.figures([], summary, tmp_path)
     assert [path.name for path in paths][::2] == ["warnings_auc_adam.png", "warnings_cosine_adam.png"]
+    aucs, cosines = (path.read_text() for path in paths[1::2])
+    assert aucs.count("the same within a stratum") == 5  # η and S, where the question fixes them
+    assert all(words in aucs for words in ("case adam", "other indicators")) and "case adam" in cosines
 
 
 def test_first_window_means_are_of_the_runs_they_name():

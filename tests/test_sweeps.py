@@ -15,6 +15,7 @@ from absl.testing import flagsaver
 from configs import sweep_digits
 from jax_async_grpo import exact, experiment, metrics, records, scaling, sweep_run, sweep_summary, sweeps
 from jax_async_grpo.update import create_state, update_step
+from launch import command_line
 from launch import sweep as launch_sweep
 
 ALGORITHMS = dict(no_is=sweep_digits.algorithm("reinforce"), clip=sweep_digits.algorithm("ppo_clip", epsilon_low=0.1))
@@ -48,15 +49,17 @@ def finished(tmp_path_factory):
     sweep_run.validate(config)
     path = tmp_path_factory.mktemp("sweep") / "run"
     for stop_at in (1, 3, None):
-        workdir, seen = records.open_workdir(path, config), []
+        workdir, seen, prepared = records.open_workdir(path, config), [], []
 
         def stop(name, seconds, stop_at=stop_at, seen=seen):
             seen.append((name, seconds))
             if len(seen) == stop_at:
                 raise KeyboardInterrupt
 
-        with contextlib.suppress(KeyboardInterrupt):
-            sweep_run.run_chunks(config, workdir, stop)
+        with contextlib.suppress(KeyboardInterrupt), contextlib.redirect_stdout(io.StringIO()) as said:
+            sweep_run.run_chunks(config, workdir, stop, on_program=prepared.append)
+            command_line.say_of_program(prepared[0])
+    assert prepared == ["bandit/clip/2"] and "bandit/clip/2: warm start and compilation" in said.getvalue()
     assert [seconds == 0 for _, seconds in seen] == [True, True, True, False]
     return config, workdir.read_metrics(), (path / "metrics.jsonl").read_bytes()
 
@@ -213,5 +216,6 @@ def test_the_job_prints_the_plan_and_the_table(finished, tmp_path):
         ):
             assert launch_sweep.main() == 0
         assert expected in said.getvalue()
+    assert "compilation" not in said.getvalue()  # nothing was
     written = ("summary.json", *sweep_summary.FIGURES)
     assert scaling.OUTCOMES[0] == "success" and all((tmp_path / "run" / name).exists() for name in written)

@@ -15,13 +15,16 @@ from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
 
 __all__ = ["CosineCeiling", "DriftCharacter", "cosine_ceiling", "drift_character", "half_batch_cosines"]
 
+_LOWEST = -1 / 3  # half-batch cosine c at which 2c/(1 + c) = −1
+
 
 class CosineCeiling(NamedTuple):
     """The cosine that two independent full batches would have at the same parameters; see `cosine_ceiling`.
 
     Attributes:
-      ceiling: 2c/(1+c) of the mean half-batch cosine c; it may be negative by chance and is reported as it is.
-      interval: (low, high) of the ceiling.
+      ceiling: 2c/(1+c) of the mean half-batch cosine c; it may be negative by chance and is reported as it is, but NaN below
+        c = −1/3, where it would be no cosine: the halves are not independent.
+      interval: (low, high) of the ceiling in [−1, 1]; NaN where the ceiling is.
       standard_error: of the ceiling, by the derivative 2/(1+c)².
       half_cosine: c, the mean over steps.
       resolved: whether the interval lies above 0, i.e. whether the gradient stands out of its noise at all.
@@ -63,15 +66,16 @@ def half_batch_cosines(first_half, second_half) -> np.ndarray:
     first, second = np.asarray(first_half, np.float64), np.asarray(second_half, np.float64)
     if first.ndim != 2 or first.shape != second.shape or first.size == 0:
         raise ValueError(f"first_half {first.shape} and second_half {second.shape} must both have shape [M, D], not empty")
-    norms = []
+    directions = []
     for name, gradients in (("first_half", first), ("second_half", second)):
-        norm = np.linalg.norm(gradients, axis=1)
-        bad = ~(np.isfinite(norm) & (norm > 0))
+        peak = np.abs(gradients).max(axis=1)
+        bad = ~(np.isfinite(peak) & (peak > 0))
         if bad.any():
             index = int(np.argmax(bad))
-            raise ValueError(f"{name}[{index}] has norm {norm[index]:g}; a cosine needs gradients that are finite and not 0")
-        norms.append(norm)
-    return np.sum((first / norms[0][:, None]) * (second / norms[1][:, None]), axis=1)
+            raise ValueError(f"{name}[{index}] has norm {peak[index]:g}; a cosine needs gradients that are finite and not 0")
+        scaled = gradients / peak[:, None]  # so that no square overflows or vanishes
+        directions.append(scaled / np.linalg.norm(scaled, axis=1, keepdims=True))
+    return np.sum(directions[0] * directions[1], axis=1)
 
 
 def cosine_ceiling(half_cosines, *, block_length: int = 1, confidence: float = 0.9) -> CosineCeiling:
@@ -117,11 +121,14 @@ def cosine_ceiling(half_cosines, *, block_length: int = 1, confidence: float = 0
     blocks = cosines[len(cosines) - num_blocks * block_length :].reshape(num_blocks, block_length).mean(axis=1)
     mean, error = blocks.mean(), blocks.std(ddof=1) / math.sqrt(num_blocks)
     margin = stats.t.ppf((1 + confidence) / 2, num_blocks - 1) * error
-    low, high = (float(_full_batch(min(max(edge, -1.0), 1.0))) for edge in (mean - margin, mean + margin))
+    is_cosine = mean >= _LOWEST
+    low, high = (
+        float(_full_batch(min(max(edge, _LOWEST), 1.0))) if is_cosine else math.nan for edge in (mean - margin, mean + margin)
+    )
     return CosineCeiling(
-        ceiling=float(_full_batch(mean)),
+        ceiling=float(_full_batch(mean)) if is_cosine else math.nan,
         interval=(low, high),
-        standard_error=float(error * 2 / (1 + mean) ** 2) if mean > -1 else math.inf,
+        standard_error=float(error * 2 / (1 + mean) ** 2) if is_cosine else math.nan,
         half_cosine=float(mean),
         resolved=low > 0,
         num_blocks=num_blocks,
@@ -189,8 +196,8 @@ def drift_character(
 
 
 def _full_batch(half_cosine: float) -> float:
-    """2c/(1 + c), −inf at c = −1."""
-    return -math.inf if half_cosine <= -1 else 2 * half_cosine / (1 + half_cosine)
+    """2c/(1 + c)."""
+    return 2 * half_cosine / (1 + half_cosine)
 
 
 def _interval(gamma_interval) -> tuple[float, float]:

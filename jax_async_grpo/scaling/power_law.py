@@ -91,7 +91,7 @@ def in_window(values, window: tuple[float, float] | None) -> np.ndarray:
     Raises:
       ValueError: the window is not such a pair, or a value is NaN (a comparison would drop it without a word).
     """
-    values = np.asarray(values, np.float64)
+    values = _real("window variable", values)
     if window is None:
         return np.ones(values.shape, bool)
     low, high = _window_edges(window)
@@ -207,7 +207,7 @@ def msd_exponent(lags, msd, **fit_arguments: Any) -> PowerLawFit:
     Raises:
       ValueError: a lag is negative or not an integer, shapes differ, or `fit_power_law` refuses.
     """
-    lags, msd = np.asarray(lags, np.float64), np.asarray(msd, np.float64)
+    lags, msd = _real("lags", lags), _real("msd", msd)
     if lags.ndim != 1 or lags.shape != msd.shape:
         raise ValueError(f"lags {lags.shape} and msd {msd.shape} must both have shape [n]")
     if not (np.isfinite(lags) & (lags >= 0) & (lags == np.round(lags))).all():
@@ -219,9 +219,16 @@ def msd_exponent(lags, msd, **fit_arguments: Any) -> PowerLawFit:
     return fit_power_law(lags[positive], msd[positive], **fit_arguments)
 
 
+def _real(name: str, values) -> np.ndarray:
+    """As float64; ValueError for complex numbers, of which that would keep the real part."""
+    if np.iscomplexobj(values):
+        raise ValueError(f"{name} is complex; a power law is of real numbers")
+    return np.asarray(values, np.float64)
+
+
 def _columns(x) -> np.ndarray:
     """x as [n, k] float64, k 1 or 2."""
-    x = np.asarray(x, np.float64)
+    x = _real("x", x)
     x = x[:, None] if x.ndim == 1 else x
     if x.ndim != 2 or x.shape[1] not in (1, 2):
         raise ValueError(f"x has shape {x.shape}; allowed: [n], [n, 1] or [n, 2]")
@@ -230,7 +237,7 @@ def _columns(x) -> np.ndarray:
 
 def _selected_points(x, y, window, window_variable, groups) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """x [m, k], y [m] and group labels [m] of the points inside the window, checked."""
-    x, y = _columns(x), np.asarray(y, np.float64)
+    x, y = _columns(x), _real("y", y)
     given = {"y": y, "window_variable": window_variable, "groups": groups}
     for name, value in given.items():
         if value is not None and np.shape(value) != (len(x),):

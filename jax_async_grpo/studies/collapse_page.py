@@ -380,7 +380,7 @@ def loss_colors(names: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def _boundary_figure(summary: Mapping[str, Any]) -> Figure:
-    """η_80 and η_50 against S + ½, a column a case; what has no boundary is marked at the top."""
+    """η_80 and η_50 against S + ½, a column a case; what has no boundary is marked at the edge: above if censored."""
     cases = _by_case(summary)
     styles = loss_colors(list(dict.fromkeys(loss["algorithm"] for loss in summary["losses"])))
     figure = Figure(figsize=(3.9 * len(cases) + 0.4, 6.6), layout="constrained")
@@ -406,12 +406,16 @@ def _boundary_figure(summary: Mapping[str, Any]) -> Figure:
     handles = [Line2D([], [], color=color, marker=mark, ms=5, lw=1, label=name) for name, (color, mark) in styles.items()]
     handles += [
         Line2D([], [], ls="", marker="$\\uparrow$", color="0.3", ms=8, label="censored: beyond the largest η tried"),
-        Line2D([], [], ls="", marker="x", color="0.3", label="none or ill-defined, drawn at the top"),
+        Line2D([], [], ls="", marker="x", color="0.3", label="none: no η tried, drawn at the bottom"),
+        Line2D([], [], ls="", marker="$?$", color="0.3", ms=8, label="ill-defined: no single η, drawn at the bottom"),
         Line2D([], [], color="0.5", ls="--", lw=1, label="slope −1, for the eye"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=1 + len(cases), fontsize=8, frameon=False)
     figure.suptitle("Learning rate up to which runs succeed", fontsize=11)
     return figure
+
+
+_BOTTOM_MARKS = {"none": "x", "ill-defined": "$?$"}  # at the edge of the panel, where they read as no boundary's place
 
 
 def _draw_boundary(ax, loss: Row, key: str, interval: str, style: tuple[str, str], dodge: float) -> None:
@@ -425,9 +429,12 @@ def _draw_boundary(ax, loss: Row, key: str, interval: str, style: tuple[str, str
         ax.plot([place] * 2, [max(low, rates[0]), min(high, rates[-1])], color=color, lw=1)  # open ends stop at what was tried
     for cell in loss["cells"]:
         if cell[key] is None:
-            mark = "$\\uparrow$" if cell["status"] in ("censored", "found") else "x"
-            place = (cell["max_staleness"] + 0.5) * dodge
-            ax.plot(place, cell["learning_rates"][-1], color=color, marker=mark, ms=8 if mark != "x" else 5, ls="")
+            place, look = (cell["max_staleness"] + 0.5) * dodge, dict(color=color, ls="")
+            if cell["status"] in _BOTTOM_MARKS:
+                mark = _BOTTOM_MARKS[cell["status"]]
+                ax.plot(place, 0.04, marker=mark, ms=5 if mark == "x" else 8, transform=ax.get_xaxis_transform(), **look)
+            else:
+                ax.plot(place, cell["learning_rates"][-1], marker="$\\uparrow$", ms=8, **look)
 
 
 def _guide(ax, losses: Sequence[Row], key: str) -> None:

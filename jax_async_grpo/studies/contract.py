@@ -33,6 +33,8 @@ def load_study(config: Mapping[str, Any]) -> ModuleType:
         no sequence of folders.
     """
     name, sources = config.get("study"), config.get("sources")
+    if name is None:
+        raise ValueError("config.study is missing: this is no config of a study; configs/study_*.py are")
     try:
         module = importlib.import_module(name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:

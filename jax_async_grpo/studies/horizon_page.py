@@ -458,9 +458,9 @@ def _constant_figure(cells: Sequence[Row], summary: Mapping[str, Any]) -> Figure
     axes[0].set_yticks([20, 30, 50, 100], ["20", "30", "50", "100"])
     axes[0].minorticks_off()
     for schedule in summary["schedules"]:
-        axes[0].plot([], [], _MARKERS[schedule], mfc="none", color="0.3", label=schedule + " lag")
+        axes[0].plot([], [], _MARKERS[schedule], ms=5, mfc="none", color="k", label=f"{schedule} lag, any η")
     for rate in rates:
-        axes[0].plot([], [], "-", color=colors[rate], label=f"η = {rate:g}")
+        axes[0].plot([], [], "o", ms=4, mfc="none", color=colors[rate], label=f"η = {rate:g}")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=7, frameon=False)
     figure.suptitle("Collapse of the gold reward; gray: where the law is claimed; dashed: without lag", fontsize=10)
@@ -481,6 +481,9 @@ def _curves_figure(rows: Sequence[Row]) -> Figure:
         ax.grid(alpha=0.3, lw=0.5)
     axes[0].set_ylabel("gold reward")
     axes[-1].legend(fontsize=7, frameon=False)
+    if rows:
+        shown = f"η = {rows[0]['learning_rate']:g}, {rows[0]['schedule']} lag"
+        figure.suptitle(f"Gold reward along a run, {shown} of S updates", fontsize=10)
     return figure
 
 

@@ -242,29 +242,41 @@ def figures(rows: Sequence[Any], summary: Mapping[str, Any], folder: os.PathLike
 
 
 def _auc_figure(record: Mapping[str, Any], labels: Mapping[str, str]) -> Figure:
-    """AUC with its interval: a row an indicator, a panel a question."""
+    """AUC with its interval: a row an indicator, a panel a question; a row without one says why."""
     panels = (
         ("falls later\nsame loss, S", record["fall"]["staleness"], "staleness"),
         ("falls later\nsame loss, S, η", record["fall"]["cell"], "cell"),
         ("has lag, never fails\nsame loss, η", record["lag"], "lag"),
     )
-    figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+    figure = Figure(figsize=(9.0, 4.2), layout="constrained")
+    # blue of a palette safe for color blindness
+    looks = {True: dict(color="#0072B2", marker="o", ms=5), False: dict(color="0.35", marker="s", ms=5)}
     axes = figure.subplots(1, len(panels), sharey=True)
     for ax, (title, aucs, kind) in zip(axes, panels, strict=True):
         for place, name in enumerate(labels):
             score = aucs[name]
             if name in _SHARED[kind] or score["auc"] is None:
+                word = "the same within a stratum" if name in _SHARED[kind] else "no pairs to compare"
+                style = dict(ha="center", va="center", fontsize=7, color="0.5", style="italic")
+                ax.text(0.5, place, word, bbox=dict(fc="w", ec="none", pad=1), **style)
                 continue
-            color = "#0072B2" if name in _COSINES else "0.35"  # blue of a palette safe for color blindness
-            ax.plot(score["auc"], place, marker="o" if name in _COSINES else "s", color=color, ms=5)
+            look = looks[name in _COSINES]
+            ax.plot(score["auc"], place, **look)
             if score["interval"]:
-                ax.plot(score["interval"], [place, place], color=color, lw=1.5)
-        ax.axvline(0.5, color="0.6", ls="--", lw=1)
-        ax.set(xlim=(-0.02, 1.02), xlabel="AUC")
+                ax.plot(score["interval"], [place, place], color=look["color"], lw=1.5)
+        ax.axvline(0.5, color="0.6", ls="--", lw=1, zorder=0)
+        ax.set(xlim=(-0.06, 1.06), ylim=(-0.6, len(labels) - 0.4), xlabel="AUC")
         ax.set_title(title, fontsize=9)
         ax.grid(alpha=0.3, lw=0.5, axis="x")
     axes[0].set_yticks(range(len(labels)), list(labels.values()), fontsize=8)
     axes[0].invert_yaxis()
+    handles = [
+        Line2D([], [], lw=1.5, label="cosines of gradients, with interval", **looks[True]),
+        Line2D([], [], lw=1.5, label="other indicators", **looks[False]),
+        Line2D([], [], color="0.6", ls="--", lw=1, label="½: knows nothing"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.suptitle(f"What an indicator knows of a fall to come, and of lag: case {record['case']}", fontsize=11)
     return figure
 
 
@@ -297,9 +309,10 @@ def _cosine_figure(record: Mapping[str, Any]) -> Figure:
         for i, (s, color) in enumerate(zip(staleness, colors, strict=False))
     ]
     handles += [
-        Line2D([], [], color="0.3", marker="o", ms=4, lw=1, label="consecutive, sound"),
-        Line2D([], [], color="0.3", marker="o", ms=4, ls="", mfc="none", label="consecutive, falls later"),
-        Line2D([], [], color="0.3", ls=":", lw=0.9, label="twin, sound"),
+        Line2D([], [], color="0.3", marker="o", ms=4, lw=1, label="consecutive gradients, sound: fails in no way to the end"),
+        Line2D([], [], color="0.3", marker="o", ms=4, ls="", mfc="none", label="consecutive gradients, falls later"),
+        Line2D([], [], color="0.3", ls=":", lw=0.9, label="twin, sound: two batches at the same parameters and lag"),
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    figure.suptitle(f"Cosine of gradients in the first window against η: case {record['case']}", fontsize=11)
     return figure
