@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -28,18 +27,17 @@ RTOL, ATOL = 1e-5, 1e-12
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def config_of(name: str, data: int, fsdp: int) -> dict:
-    """The decoder, its ring in host memory where parameters are split; or a network without attention."""
+def config_of(data: int, fsdp: int) -> dict:
+    """A small decoder; where parameters are split, the ring lies in host memory and the bias, dear to compile, is left out."""
     config = tiny_training.get_config()
     config.num_updates, config.num_heldout = NUM_UPDATES, 6  # what eight devices do not divide
     config.warm_start.num_prompts = 16
     config.evaluation.every = config.checkpoint.every = config.bias.every = SAVED_AT
     config.checkpoint.keep_last, config.checkpoint.keep_best = 3, 0
-    if name == "fsdp":
-        config.policy = "jax_async_grpo.policies.decoder"
-        config.policy_options = dict(num_layers=1, width=16, num_heads=2)
-        config.ring.memory_kind = "pinned_host"
-        config.bias.every = 0
+    config.policy = "jax_async_grpo.policies.decoder"
+    config.policy_options = dict(num_layers=1, width=16, num_heads=2, dtype="float64")
+    if fsdp > 1:
+        config.ring.memory_kind, config.bias.every = "pinned_host", 0
     config.mesh.data, config.mesh.fsdp = data, fsdp
     return config.to_dict()
 
@@ -71,16 +69,16 @@ def placed(trainer: training.Trainer) -> list[tuple]:
 def on_all_devices(folder: str) -> None:
     """Runs both meshes in this process; what they came to goes to files of the folder."""
     for name, (data, fsdp) in MESHES.items():
-        trainer = trained(Path(folder) / name, config_of(name, data, fsdp))
+        trainer = trained(Path(folder) / name, config_of(data, fsdp))
         np.savez(Path(folder) / f"{name}.npz", **arrays_of(trainer))
         (Path(folder) / f"{name}.json").write_text(json.dumps({"placed": placed(trainer), "devices": jax.device_count()}))
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """{name: (folder, trainer)} of the runs on one device."""
-    folder = tmp_path_factory.mktemp("alone")
-    return {name: (folder / name, trained(folder / name, config_of(name, 1, 1))) for name in MESHES}
+    """(folder, trainer) of the run on one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, trained(folder, config_of(1, 1))
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +108,7 @@ def assert_alike(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
 
 
 def assert_rows_alike(rows: list[dict], others: list[dict]) -> None:
-    """The same kinds, names and words, numbers within the tolerance; a bias may be the root of a difference that is rounding."""
+    """The same kinds, names and words, numbers within the tolerance; a bias may be the root of mere rounding."""
     for row, other in zip(rows, others, strict=True):
         assert row.keys() == other.keys()
         for name, value in row.items():
@@ -123,14 +121,13 @@ def assert_rows_alike(rows: list[dict], others: list[dict]) -> None:
 
 @pytest.mark.parametrize("name", MESHES)
 def test_eight_devices_train_as_one_does(alone, spread, name):
-    folder, trainer = alone[name]
-    here = arrays_of(trainer)
-    assert_alike(here, dict(np.load(spread / f"{name}.npz")))
-    rows = rows_of(folder)
+    folder, trainer = alone
+    assert_alike(arrays_of(trainer), dict(np.load(spread / f"{name}.npz")))
+    rows = [row for row in rows_of(folder) if name == "data" or row["kind"] != "bias"]
     assert_rows_alike(rows, rows_of(spread / name))
-    moved = [row["drift/cumulative"] for row in rows if row["kind"] == "update"]
-    assert len(moved) == NUM_UPDATES and moved[-1] > 0.1  # what did not learn would agree as well
-    assert {row["kind"] for row in rows} >= {"evaluation", "warm_start"} | ({"bias"} if name == "data" else set())
+    updates = [row for row in rows if row["kind"] == "update"]
+    assert len(updates) == NUM_UPDATES and updates[-1]["drift/cumulative"] > 0.1  # what did not learn would agree as well
+    assert [row["method"] for row in rows if row["kind"] == "bias"] == (["sampled", "reweighted"] if name == "data" else [])
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -150,15 +147,16 @@ def test_arrays_lie_where_the_mesh_says(spread, name):
     assert split >= (20 if shards > 1 else 0)
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_a_checkpoint_goes_on_over_another_number_of_devices(alone, spread, tmp_path, name):
-    """Saved by eight half way, the rest done by one: the run of one."""
-    shutil.copytree(spread / name, tmp_path / name)
-    shutil.rmtree(tmp_path / name / "checkpoints" / f"step_{NUM_UPDATES:08d}")
-    trainer = trained(tmp_path / name, config_of(name, 1, 1))
-    assert_alike(arrays_of(alone[name][1]), arrays_of(trainer))
-    rows = rows_of(tmp_path / name)
-    begun = next(k for k, row in enumerate(rows) if row["kind"] == "update" and row["step"] == SAVED_AT)
-    assert rows[: begun - 2] == rows_of(spread / name)[: begun - 2]
-    assert_rows_alike(rows_of(alone[name][0]), rows)
-    assert jnp.asarray(trainer.state.train.step).devices() == {jax.devices()[0]}
+def test_a_checkpoint_goes_on_over_another_number_of_devices(alone, spread, tmp_path):
+    """Saved by eight half way, parameters split and the ring on the host; the rest done by one: the run of one."""
+    shutil.copytree(spread / "fsdp", tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{NUM_UPDATES:08d}")
+    config = config_of(1, 1)
+    config["bias"]["every"] = 0
+    trainer = trained(tmp_path / "run", config)
+    assert_alike(arrays_of(alone[1]), arrays_of(trainer))
+    rows, before = rows_of(tmp_path / "run"), rows_of(spread / "fsdp")
+    assert_rows_alike([row for row in rows_of(alone[0]) if row["kind"] != "bias"], rows)
+    saved = [row for row in before if row.get("step", 0) < SAVED_AT]
+    assert rows[: len(saved)] == saved and rows[len(saved) :] != before[len(saved) :]  # the rest was done here, not copied
+    assert trainer.state.train.step.devices() == {jax.devices()[0]}
