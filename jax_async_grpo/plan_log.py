@@ -1,5 +1,6 @@
 """Evidence for a plan from a log of any system: a CSV or JSON file, a row for each recorded update; docs/plan.md has the table.
 
+The workdir of a training run is a log of one run (`plan_training`).
 Runs at S = 0 and at one larger S, over a few learning rates each, are anchors; the run at the wanted S is the probe.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from jax_async_grpo.option_checks import as_fraction, as_positive
 from jax_async_grpo.plan_evidence import Evidence, anchor_staleness, checked_horizon_run, probe_rate
+from jax_async_grpo.plan_training import read_training, training_notes
 from jax_async_grpo.planner import LARGEST, Anchor, HorizonRun, Probe
 from jax_async_grpo.scaling import OUTCOMES, CollapseRule, classify_run, stable_learning_rate
 
@@ -70,33 +72,36 @@ class LoggedRun:
     role: str
 
 
-def read_log(path: str | os.PathLike) -> tuple[list[LoggedRun], tuple[str, ...]]:
+def read_log(*paths: str | os.PathLike) -> tuple[list[LoggedRun], tuple[str, ...]]:
     """The runs of a log, and notes about what in it was not read.
 
     Args:
-      path: .json (a list of objects), .jsonl (an object a line) or, with any other ending, CSV with a header.
+      *paths: files and workdirs of `launch.train`, which together are the log. A file is .json (a list of objects), .jsonl (an
+        object a line) or, with any other ending, CSV with a header. A workdir is a run, named after its folder, or by its path
+        where two folders have the same name.
 
     Raises:
-      ValueError: the file cannot be read, holds no rows or lacks a column; a cell that is not what its column allows; a run
-        whose S, outcome or role changes or whose step repeats. One line, with file and line.
+      ValueError: a file cannot be read, holds no rows or lacks a column; a folder is no training run's; a cell that is not what
+        its column allows; a run whose S, outcome or role changes or whose step repeats. One line, with file and line.
     """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--log={path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from None
-    rows = _json_rows(path, text) if path.suffix.lower() in (".json", ".jsonl") else _csv_rows(path, text)
-    if not rows:
-        raise ValueError(f"{path} holds no rows; docs/plan.md shows what a log looks like")
-    names = {name for _, row in rows for name in row}
-    _check_columns(path, names)
+    places = [Path(path) for path in paths]
+    names = [path.resolve().name for path in places if path.is_dir()]
+    configs: dict[str, Any] = {}
     runs: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-    for where, row in rows:
-        checked = _checked_row(where, row)
-        runs[checked["run"]].append((where, checked))
-    others = sorted(str(name) for name in names - set(COLUMNS))
-    notes = (f"columns of the log that were not read: {', '.join(others)}",) if others else ()
-    return [_run(name, rows) for name, rows in runs.items()], notes
+    others: set[str] = set()
+    for path in places:
+        if path.is_dir():
+            name = path.resolve().name
+            name = name if names.count(name) == 1 else str(path)
+            rows, configs[name] = read_training(path, name)
+        else:
+            rows = _file_rows(path)
+            others |= {str(name) for _, row in rows for name in row} - set(COLUMNS)
+        for where, row in rows:
+            checked = _checked_row(where, row)
+            runs[checked["run"]].append((where, checked))
+    notes = (f"columns of the log that were not read: {', '.join(sorted(others))}",) if others else ()
+    return [_run(name, rows) for name, rows in runs.items()], notes + training_notes(configs)
 
 
 def evidence_of_log(
@@ -153,6 +158,18 @@ def evidence_of_log(
     if any(len(set(run.rates)) > 1 for run in runs):
         said += ("learning rates change within runs: the largest of a run counts as its own",)
     return Evidence(source, anchors, probe, horizon_run, ess, said + refuted + notes)
+
+
+def _file_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--log={path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from None
+    rows = _json_rows(path, text) if path.suffix.lower() in (".json", ".jsonl") else _csv_rows(path, text)
+    if not rows:
+        raise ValueError(f"{path} holds no rows; docs/plan.md shows what a log looks like")
+    _check_columns(path, {name for _, row in rows for name in row})
+    return rows
 
 
 def _check_columns(path: Path, names: set[str]) -> None:

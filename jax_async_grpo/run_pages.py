@@ -1,4 +1,4 @@
-"""The page of a run, recomputed from the records in its folder: bias measurement, audit, sweep, study, or anything else.
+"""The page of a run, recomputed from its records: bias measurement, audit, sweep, study, training, or anything else.
 
 What kind of run it is, its config says. A folder of another kind, a plan for example, is shown as it is: its JSON files as
 tables and the figures that lie there. Figures that are drawn here are also written to the folder, as PNG and SVG. An unfinished
@@ -22,6 +22,7 @@ from jax_async_grpo.bias_run import finished_chunks
 from jax_async_grpo.config_checks import job_of
 from jax_async_grpo.html_report import Folded, Items, Markdown, Page, Part, Picture, Section, Table, Text
 from jax_async_grpo.sweep_figure import level_of, sweep_figure, whole_horizon
+from jax_async_grpo.training import page as training_page
 
 __all__ = ["page_of_run"]
 
@@ -493,4 +494,10 @@ def _with_interval(value: float | None, interval: Sequence[float] | None) -> str
     return f"{value:.2f}" + ("" if interval is None else " [{:.2f}, {:.2f}]".format(*interval))
 
 
-_BUILDERS = {"study": _study_page, "audit": _audit_page, "sweep": _sweep_page, "measure_bias": _bias_page}
+_BUILDERS = {
+    "study": _study_page,
+    "audit": _audit_page,
+    "sweep": _sweep_page,
+    "measure_bias": _bias_page,
+    "train": training_page.page,
+}

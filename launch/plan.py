@@ -15,7 +15,9 @@ from launch import command_line
 
 flags.adopt_module_key_flags(command_line)  # --help shows them
 MEASURE = flags.DEFINE_bool("measure", False, "Run what the plan lacks: anchors, a probe, a horizon run.")
-LOG = flags.DEFINE_string("log", None, "CSV or JSON log of any system to plan from, in place of --config (docs/plan.md).")
+LOG = flags.DEFINE_list(
+    "log", None, "Logs to plan from in place of --config: CSV or JSON of any system, workdirs of launch.train (docs/plan.md)."
+)
 MAX_STALENESS = flags.DEFINE_integer("max_staleness", None, "S wanted, updates; default: the config's, or the log's largest.")
 HORIZON = flags.DEFINE_integer("horizon", None, "T wanted, updates; default: the config's, or the log's longest run.")
 LEARNING_RATE = flags.DEFINE_float("learning_rate", None, "A learning rate to ask about: its head-room, the S it allows.")
@@ -31,10 +33,10 @@ def main() -> int:
         return _from_config()
     if command_line.CONFIG.present or MEASURE.value:
         raise ValueError("--log is planned from as it is: give it without --config and --measure")
-    runs, notes = plan_log.read_log(LOG.value)
+    runs, notes = plan_log.read_log(*LOG.value)
     S, T = _wanted(max(run.max_staleness for run in runs), int(max(run.steps[-1] for run in runs)))
     options = dict(ceiling=CEILING.value, clip_level=CLIP_LEVEL.value)
-    evidence = plan_log.evidence_of_log(runs, max_staleness=S, source=LOG.value, notes=notes, **options)
+    evidence = plan_log.evidence_of_log(runs, max_staleness=S, source=",".join(LOG.value), notes=notes, **options)
     kept = dict(log=LOG.value, max_staleness=S, horizon=T, learning_rate=LEARNING_RATE.value, **options)
     return _report(evidence, S, T, kept)
 

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from configs import audit as audit_config
 from configs import measure_bias as bias_config
+from configs import train_smoke
 from jax_async_grpo import audit, bias_run, experiment, html_report, records, run_pages, studies, sweep_run, sweep_summary
 from jax_async_grpo.html_report import Folded, Items, Markdown, Page, Picture, Section, Table, Text
 from jax_async_grpo.sweep_figure import level_of, sweep_figure, whole_horizon
@@ -392,6 +393,68 @@ def test_a_studys_page_is_its_own_once_it_is_finished(toy, tmp_path):
     assert (
         "cannot be made here" in page.warnings[0] and "no_such_study" in page.warnings[0] and page.column("piece") == ["1", "2"]
     )
+
+
+def training_run_of(folder, *, num_updates=12, bias=True, **changes):
+    """Records of twelve updates at S = 4, the third skipped; two bias measurements, one of them detected, and NaN in places."""
+    folder.mkdir()
+    config = train_smoke.get_config()
+    config.staleness.max, config.optimizer.learning_rate, config.num_updates = 4, 0.02, 12
+    config.update_from_flattened_dict(changes)
+    rows = [dict(kind="warm_start", step=0, heldout_reward=0.1), dict(kind="start", num_parameters=12345, warm_start_updates=7)]
+    for t in range(num_updates + 1):
+        if t % 4 == 0:
+            failed = {"verifier/raised": 3 * t, "verifier/timed_out": 0, "verifier/not_finite": t}
+            collapse = {"collapse/flag": int(t > 8), "collapse/step": 9.5 if t > 8 else None}
+            rows.append({"kind": "evaluation", "step": t, "heldout_reward": 0.25 + 0.05 * t, **failed, **collapse})
+        if bias and t in (4, 8):
+            row = {"kind": "bias", "step": t, "detected": int(t == 8), "method": NASTY, "ess_ratio": 0.75}
+            row |= {"bias/norm": 0.01 * t, "bias/standard_error": 0.0125, "bias/detection_limit": 0.0625 if t == 4 else 0.03}
+            rows.append(row | {"bias/relative_norm": math.nan if t == 4 else 0.125, "bias/cosine": 0.975})
+        if t < num_updates:
+            row = {"kind": "update", "step": t, "reward": 0.2, "update/norm": 0.1, "update/is_finite": float(t != 2)}
+            row |= {"staleness/mean": min(t, 4.0), "staleness/max": min(t, 4.0), "off_policy/k3_kl": 0.01 * t}
+            rows.append(row | {"lr/t_eta": 0.02 * (t + 1)})
+    records.write_json(folder / "config.json", config.to_dict())
+    records.append_jsonl(folder / "metrics.jsonl", rows)
+    return folder
+
+
+def test_a_training_runs_page_says_how_it_went(tmp_path):
+    folder = training_run_of(tmp_path / "run")
+    page = read(run_pages.page_of_run(folder))
+    outcome = dict(zip(page.column("quantity"), page.column("value"), strict=True))
+    assert (
+        outcome["updates"] == "12 of 12" and outcome["parameters"] == "12,345" and outcome["updates of the warm start"] == "7"
+    )
+    assert [outcome[f"held-out reward, {name}"] for name in ("start", "end", "best")] == ["0.25", "0.85", "0.85"]
+    assert outcome["collapse"] == "after 9.5 updates" and outcome["updates skipped as not finite"] == "1"
+    assert outcome["staleness, mean (updates)"] == "3.167" and outcome["staleness, largest (updates)"] == "4"
+    assert outcome["sum of the learning rates, T·η"] == "0.24"
+    assert outcome["samples that the verifier failed on"] == "36 raised, 12 not finite"
+    assert page.column("‖δ‖") == ["0.04", "0.08"] and page.column("detection limit") == ["0.0625", "0.03"]
+    assert page.column("detected") == ["no", "yes"] and page.column("over the fresh gradient") == ["–", "0.125"]
+    assert page.column("standard error") == ["0.0125"] * 2 and page.column("fresh gradient") == [NASTY] * 2
+    assert "Measured 2 times, told from none 1 times, where it is 0.125 of the fresh gradient on average" in page.text
+    assert page.column("held-out reward") == ["0.25", "0.45", "0.65", "0.85"]
+    assert page.column("failed samples so far") == ["0", "16", "32", "48"] and page.column("by the rule")[-1] == "collapsed"
+    assert page.images == [(folder / "train.svg").read_bytes()] and (folder / "train.png").exists()
+    assert not page.warnings and "Staleness bias :" not in page.text and "staleness.max" in page.column("key")
+    assert "digit_text with decoder, trained on rollouts that are up to S = 4" in page.text and "S·η = 0.08" in page.text
+
+
+def test_an_unfinished_training_run_says_so_and_what_was_not_measured(tmp_path):
+    options = dict(bias=False, task=NASTY, updates_per_batch=3, replay="rollouts", max_bad_updates=1)
+    page = read(run_pages.page_of_run(training_run_of(tmp_path / "run", num_updates=6, **options)))
+    assert "This run is not finished: 6 of 12 updates are done" in page.warnings[0] and len(page.images) == 1
+    assert "Staleness bias : not measured: no measurement was due yet" in page.text
+    assert "Independent data : each batch serves 3 updates" in page.text and "replay of rollouts keeps no old ones" in page.text
+    gave_up = training_run_of(tmp_path / "bad", num_updates=3, bias=False, max_bad_updates=1, **{"bias.every": 0})
+    page = read(run_pages.page_of_run(gave_up))
+    assert page.warnings == ["This run gave up after 3 of 12 updates: loss or gradient of the last 1 are not finite."]
+    assert "not measured: bias.every is 0" in page.text
+    page = read(run_pages.page_of_run(training_run_of(tmp_path / "none", num_updates=-1)))
+    assert "0 of 12 updates are done" in page.warnings[0] and not page.images
 
 
 def test_an_unknown_run_is_shown_as_it_is(tmp_path):

@@ -169,6 +169,64 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     assert [row["step"] for row in whole if row["kind"] == "update"] == list(range(10))
 
 
+def test_every_key_and_every_metric_is_documented(finished):
+    page = (ROOT / "docs" / "training.md").read_text()
+    named = set(re.findall(r"`([^`\n]+)`", page))
+    config = json.loads((finished[0] / "config.json").read_text())
+    keys = {f"config.{key}.{part}" for key, parts in config.items() if isinstance(parts, dict) for part in parts}
+    keys -= {key for key in keys if key.split(".")[1].endswith("_options")}
+    keys |= {f"config.{key}" for key, value in config.items() if not isinstance(value, dict) or key.endswith("_options")}
+    assert len(keys) > 50 and not keys - named
+    assert {key for key in named if re.fullmatch(r"config\.[a-z_.]+", key)} - keys == {"config.json"}
+    rows = records.read_jsonl(finished[0] / "metrics.jsonl")
+    metrics = {name for row in rows for name in row} - {"kind", "step"}
+    assert len(metrics) > 40 and not metrics - named and {row["kind"] for row in rows} <= named
+
+
+def config_file(folder: Path, lines: str) -> str:
+    """The flag of a config: that of these tests with changes."""
+    start = "from tests import tiny_training\n\n\ndef get_config():\n    config = tiny_training.get_config()\n"
+    (folder / "config.py").write_text(f"{start}{lines}    return config\n")
+    return f"--config={folder / 'config.py'}"
+
+
+def documented_tasks() -> list[str]:
+    """The config lines of docs/training.md that choose a task."""
+    page = (ROOT / "docs" / "training.md").read_text()
+    return re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_the_documented_tasks_can_be_built(tmp_path, monkeypatch):
+    """Digit sums, reasoning-gym, a JSONL file, each with its own tokenizer and with one from disk."""
+    library = pytest.importorskip("tokenizers")
+    pytest.importorskip("reasoning_gym")
+    built = library.Tokenizer(library.models.BPE())
+    built.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|im_end|>"], initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet()
+    )
+    built.train_from_iterator(["how many apples are left"], trainer)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    built.save(str(tmp_path / "models" / "mine" / "tokenizer.json"))
+    (tmp_path / "data").mkdir()
+    lines = [json.dumps(dict(question=f"{k} + 1 apples?", answer=f"so #### {k + 1}")) for k in range(20)]
+    (tmp_path / "data" / "train.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    *chosen, tokenizer = documented_tasks()
+    assert len(chosen) == 3
+    for task, sizes in zip(chosen, ("digit_text, 504", "chain_sum, 504", "train, 12"), strict=True):
+        for extra, vocabulary in (("", None), (tokenizer, built.get_vocab_size())):
+            text = "".join(f"    {line}\n" for line in (task + extra).splitlines())
+            width = "    config.policy_options.context_length = 512\n"
+            code, said, error = job(config_file(tmp_path, text + width), "--dry_run")
+            assert code == 0 and f"task       {sizes} questions, 8 held out" in said, error
+            if vocabulary:
+                number = 512 * (vocabulary + 1) * 8 + 8 + 8 * vocabulary  # of tests.tiny_training's network
+                assert f"{number:,} parameters" in said
+    code, _, error = job(config_file(tmp_path, "    config.task_options.tokenizer = 'nowhere'\n"), "--dry_run")
+    assert code == 2 and "config.task_options.tokenizer: path='nowhere" in error and error.count("\n") == 1
+
+
 def start(folder: Path) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "launch.train", CONFIG, f"--workdir={folder}", "--config.num_updates=60"]

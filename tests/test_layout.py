@@ -69,6 +69,7 @@ FLOORS = {
         "plan_log",
         "plan_report",
         "plan_run",
+        "plan_training",
         "sweep_run",
         "sweep_summary",
         "sweeps",

@@ -17,7 +17,7 @@ import pytest
 from absl.testing import flagsaver
 
 from configs import plan as plan_config
-from configs import sweep_digits
+from configs import sweep_digits, train_smoke
 from jax_async_grpo import plan_evidence, plan_log, plan_report, plan_run, planner, records
 from jax_async_grpo.planner import Anchor, HorizonRun, Probe
 from launch import command_line
@@ -347,6 +347,125 @@ def test_a_learning_rate_that_changes_counts_by_its_largest(tmp_path):
     plain = of_log(write_log(tmp_path / "plain.csv", log_rows({0: 0.3, 8: 0.1})))
     assert found.anchors == plain.anchors and "learning rates change" in found.notes[0]
     assert plan(found, 8).update_norm == pytest.approx(G) and plan(found, 8).drift == pytest.approx(plan(plain, 8).drift)
+
+
+# --- workdirs of training runs
+
+
+def training_run(folder: Path, S: int, rate: float, *, seed=0, boundary=math.inf, num_updates=400, every=50, **changes) -> Path:
+    """Records of a training run with the planted truth: held-out reward rises to 0.9, above the boundary it falls to 0.1."""
+    config = train_smoke.get_config()
+    config.seed, config.staleness.max, config.optimizer.learning_rate, config.num_updates = seed, S, rate, num_updates
+    config.update_from_flattened_dict(changes)
+    rows: list[dict] = [dict(kind="warm_start", step=0, heldout_reward=0.1), dict(kind="start", reward=0.4)]
+    for t in range(num_updates + 1):
+        if t % every == 0:
+            reward = 0.4 + 0.5 * t / num_updates if rate < boundary else 0.4 if t == 0 else 0.1
+            rows.append({"kind": "evaluation", "step": t, "heldout_reward": reward, "collapse/flag": 0})
+        if t < num_updates:
+            s = min(S, t)
+            row = {"kind": "update", "step": t, "reward": 0.01, "update/norm": G * rate, "update/is_finite": 1.0}
+            row |= {"pg_clipfrac": 0.01 * s, "off_policy/ess_ratio": 1.0 + 1e-7, "off_policy/kl": -3.0, "lr/current": rate}
+            row |= {"staleness/mean": s + 1e-7, "off_policy/k3_kl": policy_kl(rate, s) if s else -1e-17}
+            rows.append(row | {"drift/from_behavior": drift(rate, s) if s else 0.0})
+    folder.mkdir()
+    records.write_json(folder / "config.json", config.to_dict())
+    records.append_jsonl(folder / "metrics.jsonl", rows)
+    return folder
+
+
+def test_a_training_run_is_a_run_of_a_log(tmp_path):
+    """A row an update; reward where it was evaluated, of held-out questions, and once more at the end."""
+    (run,), notes = plan_log.read_log(training_run(tmp_path / "s2", 2, 0.25, num_updates=10, every=4))
+    columns = run.columns
+    assert (run.name, run.max_staleness, run.learning_rate, run.outcome, notes) == ("s2", 2, 0.25, "", ())
+    assert run.steps.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]  # not evaluated at 10
+    np.testing.assert_allclose(columns["reward"], [0.4, *[math.nan] * 3, 0.6, *[math.nan] * 3, 0.8, math.nan])
+    assert columns["staleness"].tolist() == [0, 1] + [2] * 8 and columns["ess"].max() == 1 and np.isnan(columns["tv"]).all()
+    np.testing.assert_allclose(columns["update_norm"], G * 0.25)
+    np.testing.assert_allclose(columns["drift"][:3], [0, drift(0.25, 1), drift(0.25, 2)])
+    np.testing.assert_allclose(columns["kl"][:3], [0, policy_kl(0.25, 1), policy_kl(0.25, 2)])
+    np.testing.assert_allclose(columns["clip_fraction"][:3], [0, 0.01, 0.02])
+    (run,), _ = plan_log.read_log(training_run(tmp_path / "ends", 2, 0.25, num_updates=8, every=4))
+    assert run.steps.tolist() == list(range(9)) and run.columns["reward"][-1] == pytest.approx(0.9)
+    assert np.isnan(run.columns["update_norm"][-1]) and run.rates[-1] == 0.25
+
+
+def test_training_runs_and_files_are_planned_together(tmp_path):
+    """Anchors of training runs at S = 0 and 8, the probe in a file: the same plan as from one log."""
+    boundaries = {0: 0.3, 8: 0.1}
+    options = dict(num_updates=20, every=10)
+    folders = [
+        training_run(tmp_path / f"s{lag}_{rate:g}_{seed}", lag, float(rate), seed=seed, boundary=boundary, **options)
+        for lag, boundary in boundaries.items()
+        for rate in 0.01 * 2.0 ** np.arange(2, 7)
+        for seed in range(4)
+    ]
+    probe = write_log(tmp_path / "probe.csv", [row for row in log_rows({}) if row["run"] == "probe"])
+    code, said, error = job(f"--log={','.join(map(str, [*folders, probe]))}", "--ceiling=1", "--max_staleness=32")
+    assert code == 0 and "bracketed" in said and "differ in" not in said, error
+    runs, notes = plan_log.read_log(*folders, probe)
+    found = plan_log.evidence_of_log(runs, max_staleness=32, ceiling=1.0, notes=notes)
+    fresh, stale = found.anchors
+    assert (fresh.max_staleness, stale.max_staleness, fresh.num_seeds) == (0, 8, 4)
+    assert 0.16 < fresh.learning_rate < 0.32 and 0.08 < stale.learning_rate < 0.16  # the rates on either side
+    made = plan(found, horizon=20)
+    np.testing.assert_allclose([made.update_norm, made.drift_exponent], [G, HALF_GAMMA], rtol=1e-6)
+    lost = 4**POLICY_GAMMA * (1 / stale.learning_rate - 1 / fresh.learning_rate)
+    np.testing.assert_allclose(made.max_learning_rate, 1 / (1 / fresh.learning_rate + lost), rtol=1e-6)
+
+
+def test_what_a_training_run_does_not_say_is_left_out(tmp_path):
+    """η_0 = 0 of a warm-up; a mean staleness between two numbers; rollouts replayed; a run that gave up."""
+    folder = training_run(tmp_path / "run", 2, 0.25, num_updates=8, every=4, max_bad_updates=2)
+    rows = records.read_jsonl(folder / "metrics.jsonl")
+    updates = [row for row in rows if row["kind"] == "update"]
+    updates[0]["lr/current"] = 0.0
+    updates[4]["staleness/mean"] = 1.5
+    for row in updates[5:]:
+        del row["drift/from_behavior"]
+    for row in updates[6:]:
+        row |= {"update/is_finite": 0.0, "off_policy/k3_kl": math.nan}
+    (folder / "metrics.jsonl").unlink()
+    records.append_jsonl(folder / "metrics.jsonl", rows)
+    (run,), _ = plan_log.read_log(folder)
+    assert run.rates.tolist() == [0.25] * 9 and run.outcome == "non-finite"
+    assert np.isnan(run.columns["update_norm"]).tolist() == [True] + [False] * 7 + [True]
+    assert np.isnan(run.columns["drift"]).tolist() == [True, False, False, False] + [True] * 5
+    assert np.isnan(run.columns["kl"]).tolist() == [True, False, False, False, True, False, True, True, True]
+
+
+def test_what_training_runs_have_in_common_is_checked(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    short = dict(num_updates=4, every=4)
+    one = training_run(tmp_path / "a" / "run", 0, 0.1, **short, updates_per_batch=2)
+    two = training_run(tmp_path / "b" / "run", 4, 0.2, seed=5, **short, group_size=16, loss="mine.loss")
+    runs, notes = plan_log.read_log(one, two)
+    assert [run.name for run in runs] == [str(one), str(two)]  # both folders are called run
+    reused, differ = notes
+    assert reused == f"data are used more than once in {one}: their lag exceeds S"
+    assert differ == "the training runs differ in group_size, loss, updates_per_batch: a plan supposes that they do not"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "run is a folder without a config.json; give a file or the --workdir of launch.train"),
+        ({"config.json": "{"}, "run is a folder without a config.json"),
+        ({"config.json": '{"cases": {}}'}, "run is the folder of another job; give a file or the --workdir of launch.train"),
+        ({"config.json": None}, "run has no metrics.jsonl: the run has not begun"),
+        ({"config.json": None, "metrics.jsonl": '{"kind": "start"}\n'}, "run has no update in its metrics.jsonl yet"),
+        ({"config.json": None, "metrics.jsonl": '{"kind": "update"}\n'}, "run has no evaluation in its metrics.jsonl yet"),
+    ],
+)
+def test_a_folder_that_says_nothing_is_one_line(tmp_path, files, message):
+    (tmp_path / "run").mkdir()
+    for name, text in files.items():
+        text = json.dumps(train_smoke.get_config().to_dict()) if text is None else text
+        (tmp_path / "run" / name).write_text(text)
+    code, said, error = job(f"--log={tmp_path / 'run'}", "--ceiling=1")
+    assert code == 2 and not said and message in error and error.count("\n") == 1
 
 
 def test_the_documented_columns_are_those_that_are_read():

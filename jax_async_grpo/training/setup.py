@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax_async_grpo import corrections, records
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, check_rule, first_line, resolve
 from jax_async_grpo.separability import check_coupling, named_parameters
-from jax_async_grpo.tasks import TextTask, Verifiers
+from jax_async_grpo.tasks import TextTask, Verifiers, load_tokenizer
 from jax_async_grpo.training.lag import LagPlan, make_lag_plan
 from jax_async_grpo.training.learner import Learner
 from jax_async_grpo.training.mesh import make_mesh
@@ -138,6 +138,9 @@ def build(config: Mapping[str, Any]) -> TrainJob:
             f"config.num_prompts / accumulation_steps is {part}; {mesh.size} devices must divide it: take a multiple of "
             f"{mesh.size * config['accumulation_steps']} prompts"
         )
+    warm = config["warm_start"]
+    if warm["num_updates"] and warm["num_prompts"] % mesh.size:
+        raise ValueError(f"config.warm_start.num_prompts is {warm['num_prompts']}; {mesh.size} devices must divide it")
     staleness = config["staleness"]
     lag = make_lag_plan(
         staleness["schedule"],
@@ -146,7 +149,7 @@ def build(config: Mapping[str, Any]) -> TrainJob:
         updates_per_batch=config["updates_per_batch"],
         seed=config["seed"],
     )
-    task = _call(config, "task")
+    task = _call({**config, "task_options": _with_tokenizer(config["task_options"])}, "task")
     if not isinstance(task, TextTask):
         raise ValueError(f"config.task ({config['task']}) makes a {type(task).__name__}; it must make a TextTask")
     try:
@@ -240,6 +243,19 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
         config["staleness"]["schedule"], config["staleness"]["max"], config["num_updates"],
         updates_per_batch=config["updates_per_batch"],
     )  # fmt: skip
+
+
+def _with_tokenizer(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with `tokenizer` read: the path of a tokenizer.json, or arguments of `tasks.load_tokenizer`; "" is none."""
+    options = dict(options)
+    given = options.get("tokenizer")
+    if isinstance(given, (str, Mapping)):
+        try:
+            named = {"path": given} if isinstance(given, str) else dict(given)
+            options["tokenizer"] = load_tokenizer(**named) if given else None
+        except (TypeError, ValueError, ImportError) as error:
+            raise ValueError(f"config.task_options.tokenizer: {first_line(error)}") from None
+    return options
 
 
 def _call(config: Mapping[str, Any], key: str, *arguments) -> Any:
