@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from jax_async_grpo import config_checks
+from jax_async_grpo import config_checks, invariants
 
 __all__ = [
     "CONFIG",
@@ -33,6 +33,7 @@ __all__ = [
     "read_config",
     "run",
     "say_of_program",
+    "told_where_it_stops",
 ]
 
 # The flags of every job, defined once. Keys the config lacks pass here, so that the job's own check can name them and say which
@@ -171,6 +172,17 @@ def say_of_program(name: str) -> None:
     """A line on the piece whose warm start and compilation begin, where no bar shows that the job is alive."""
     if not sys.stderr.isatty():
         print(f"{name}: warm start and compilation first", flush=True)
+
+
+@contextlib.contextmanager
+def told_where_it_stops(workdir: os.PathLike) -> Iterator[None]:
+    """Where a Ctrl-C or a violated invariant ends the block, one line says where its records are; exit code 130 or 1."""
+    try:
+        yield
+    except (KeyboardInterrupt, invariants.InvariantViolation) as stop:
+        said = f"error: {stop}" if str(stop) else "\nInterrupted"
+        print(f"{said}: what was run is in {workdir}; the same command goes on from there.", file=sys.stderr)
+        sys.exit(1 if str(stop) else 130)
 
 
 def read_config(flag: flags.FlagHolder) -> dict[str, Any]:

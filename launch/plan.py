@@ -6,11 +6,9 @@ python -m launch.plan --log=examples/plan_log.csv [--ceiling=1] [--workdir=DIR] 
 
 from __future__ import annotations
 
-import sys
-
 from absl import flags
 
-from jax_async_grpo import invariants, option_checks, plan_evidence, plan_log, plan_report, plan_run, planner, records
+from jax_async_grpo import option_checks, plan_evidence, plan_log, plan_report, plan_run, planner, records
 from launch import command_line
 
 flags.adopt_module_key_flags(command_line)  # --help shows them
@@ -55,32 +53,23 @@ def _from_config() -> int:
         return 0
     workdir = _open_workdir(plan_run.kept_config(config))
     if MEASURE.value:
-        with command_line.progress(plan_run.num_chunks(job, S), "chunk") as report:
-
-            def on_chunk(name: str, seconds: float) -> None:
-                report(name, f"{name}: {seconds:.1f} s")
-
-            try:
-                plan_run.measure(job, workdir, S, on_chunk, command_line.say_of_program)
-            except (KeyboardInterrupt, invariants.InvariantViolation) as stop:
-                said = f"error: {stop}" if str(stop) else "\nInterrupted"
-                print(f"{said}: what was run is in {workdir.path}; the same command goes on from there.", file=sys.stderr)
-                return 1 if str(stop) else 130
+        total = plan_run.num_chunks(job, S)
+        with command_line.told_where_it_stops(workdir.path), command_line.progress(total, "chunk") as report:
+            on_chunk = lambda name, seconds: report(name, f"{name}: {seconds:.1f} s")  # noqa: E731
+            plan_run.measure(job, workdir, S, on_chunk, command_line.say_of_program)
     return _report(plan_run.evidence(job, workdir.read_metrics(), S), S, T)
 
 
 def _wanted(max_staleness: int, horizon: int) -> tuple[int, int]:
     S = max_staleness if MAX_STALENESS.value is None else MAX_STALENESS.value
     T = horizon if HORIZON.value is None else HORIZON.value
-    return (
-        option_checks.as_integer("--max_staleness", S, minimum=0, maximum=planner.LARGEST),
-        option_checks.as_integer("--horizon", T, minimum=1, maximum=planner.LARGEST),
-    )
+    option_checks.as_integer("--max_staleness", S, minimum=0, maximum=planner.LARGEST)
+    return S, option_checks.as_integer("--horizon", T, minimum=1, maximum=planner.LARGEST)
 
 
 def _open_workdir(kept: dict) -> records.Workdir:
-    options = dict(overwrite=command_line.OVERWRITE.value, figures=plan_report.WRITTEN)
-    return records.open_workdir(command_line.WORKDIR.value, kept, **options)
+    path, overwrite = command_line.WORKDIR.value, command_line.OVERWRITE.value
+    return records.open_workdir(path, kept, overwrite=overwrite, figures=plan_report.WRITTEN)
 
 
 def _report(evidence: plan_evidence.Evidence, S: int, T: int, kept: dict | None = None) -> int:

@@ -20,7 +20,7 @@ flags.adopt_module_key_flags(command_line)  # --help shows them
 
 
 def main() -> int:
-    config = command_line.config_of_job("configs/train_arithmetic.py")
+    config = command_line.config_of_job("configs/train_arithmetic.py", job="train")
     training.validate(config)
     if command_line.DRY_RUN.value:
         job = training.build(config)
