@@ -160,4 +160,4 @@ def test_the_page_and_the_summary_are_what_the_records_say(name):
     assert named and all((page.parent / path).exists() for path in named)
     size = (folder / "metrics.jsonl").stat().st_size  # whole runs of every seed; git packs them to a quarter
     assert size < 7e6
-    assert sum(path.stat().st_size for path in folder.iterdir()) < size + 1.1e6
+    assert sum(path.stat().st_size for path in folder.iterdir()) < size + 1.15e6
