@@ -80,7 +80,7 @@ def _of_update(row: Mapping[str, Any], slowest: float) -> dict[str, Any]:
     cells = {
         "learning_rate": row["lr/current"],
         "update_norm": row["update/norm"],
-        "clip_fraction": _within(row["pg_clipfrac"]),
+        "clip_fraction": _within(row["pg_clipfrac"]) if "pg_clipfrac" in row else None,
         "ess": _within(row["off_policy/ess_ratio"]),
     }
     if math.isfinite(staleness) and abs(staleness - round(staleness)) < _WHOLE:

@@ -25,7 +25,7 @@ from scipy import stats
 
 from jax_async_grpo.option_checks import as_fraction, as_integer, as_positive
 
-__all__ = ["LARGEST", "Anchor", "HorizonRun", "Plan", "Probe", "check_reach", "make_plan"]
+__all__ = ["LARGEST", "Anchor", "HorizonRun", "Plan", "Probe", "check_reach", "checked_wanted", "make_plan"]
 
 LARGEST = 10**15  # S and T that can be asked for, updates: no run is longer, and every integer up to there is a float
 STATUSES = ("found", "none", "censored", "ill-defined")
@@ -229,6 +229,17 @@ class Plan:
         return line + (f", headroom {self.headroom:.2g}x at eta={self.learning_rate:g}" if self.headroom is not None else "")
 
 
+def checked_wanted(
+    max_staleness: int, horizon: int, learning_rate: float | None = None, *, prefix: str = ""
+) -> tuple[int, int, float | None]:
+    """(S, T, η) that are asked about; ValueError names what cannot be, with the prefix, such as "--" of a flag, before it."""
+    return (
+        as_integer(f"{prefix}max_staleness", max_staleness, minimum=0, maximum=LARGEST),
+        as_integer(f"{prefix}horizon", horizon, minimum=1, maximum=LARGEST),
+        None if learning_rate is None else as_positive(f"{prefix}learning_rate", learning_rate),
+    )
+
+
 def make_plan(
     *,
     max_staleness: int,
@@ -266,12 +277,9 @@ def make_plan(
       ValueError: one anchor, two at the same S, none at S = 0; a missing probe, or one at another S without anchors; S or T
         beyond the stated factor of the anchors' without `extrapolate`; an option out of range.
     """
-    max_staleness = as_integer("max_staleness", max_staleness, minimum=0, maximum=LARGEST)
-    horizon = as_integer("horizon", horizon, minimum=1, maximum=LARGEST)
+    max_staleness, horizon, learning_rate = checked_wanted(max_staleness, horizon, learning_rate)
     confidence = as_fraction("confidence", confidence)
     model_error = None if model_error is None else as_positive("model_error", model_error)
-    if learning_rate is not None:
-        learning_rate = as_positive("learning_rate", learning_rate)
     wanted = dict(max_staleness=max_staleness, horizon=horizon, confidence=confidence, learning_rate=learning_rate)
     measured = _measured(probe, max_staleness)
     if not anchors:

@@ -12,7 +12,7 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from jax_async_grpo import config_checks, invariants
+from jax_async_grpo import config_checks, invariants, records
 
 __all__ = [
     "CONFIG",
@@ -29,6 +29,7 @@ __all__ = [
     "WORKDIR",
     "check_interrupt",
     "config_of_job",
+    "open_workdir",
     "progress",
     "read_config",
     "run",
@@ -125,7 +126,7 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
-def config_of_job(example: str, *, job: str = "", spread: bool = False) -> dict[str, Any]:
+def config_of_job(example: str, *, job: str = "", instead: str = "", spread: bool = False) -> dict[str, Any]:
     """The config of a job, and jax set up for it.
 
     A job is in float64 on the CPU, as accelerators lack float64 or emulate it slowly, unless its config says
@@ -136,7 +137,7 @@ def config_of_job(example: str, *, job: str = "", spread: bool = False) -> dict[
         is that of another launch script than `job`.
     """
     if not CONFIG.present or not (WORKDIR.value or DRY_RUN.value):
-        raise ValueError(f"give --config={example} and --workdir=DIR (or --dry_run)")
+        raise ValueError(f"give --config={example} and --workdir=DIR (or --dry_run){instead}")
     config = read_config(CONFIG)
     other = config_checks.job_of(config)
     if job and other not in (job, None):
@@ -151,6 +152,11 @@ def config_of_job(example: str, *, job: str = "", spread: bool = False) -> dict[
         with contextlib.suppress(RuntimeError):  # a backend that runs already keeps its devices
             jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
     return config
+
+
+def open_workdir(config: Mapping[str, Any], figures: Sequence[str]) -> records.Workdir:
+    """`records.open_workdir` as the flags --workdir and --overwrite say."""
+    return records.open_workdir(WORKDIR.value, config, overwrite=OVERWRITE.value, figures=figures)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from absl import flags
 
-from jax_async_grpo import option_checks, plan_evidence, plan_log, plan_report, plan_run, planner, records
+from jax_async_grpo import plan_evidence, plan_log, plan_report, plan_run, planner
 from launch import command_line
 
 flags.adopt_module_key_flags(command_line)  # --help shows them
@@ -25,8 +25,6 @@ CLIP_LEVEL = flags.DEFINE_float("clip_level", 0.05, "Clip fraction of a log at w
 
 
 def main() -> int:
-    if LEARNING_RATE.value is not None:
-        option_checks.as_positive("--learning_rate", LEARNING_RATE.value)
     if not LOG.value:
         return _from_config()
     if command_line.CONFIG.present or MEASURE.value:
@@ -34,54 +32,44 @@ def main() -> int:
     runs, notes = plan_log.read_log(*LOG.value)
     S, T = _wanted(max(run.max_staleness for run in runs), int(max(run.steps[-1] for run in runs)))
     options = dict(ceiling=CEILING.value, clip_level=CLIP_LEVEL.value)
-    evidence = plan_log.evidence_of_log(runs, max_staleness=S, source=",".join(LOG.value), notes=notes, **options)
     kept = dict(log=LOG.value, max_staleness=S, horizon=T, learning_rate=LEARNING_RATE.value, **options)
-    return _report(evidence, S, T, kept)
+    found = plan_log.evidence_of_log(runs, max_staleness=S, source=",".join(LOG.value), notes=notes, **options)
+    return _report(found, S, T, kept)
 
 
 def _from_config() -> int:
-    if not command_line.CONFIG.present:
-        raise ValueError("give --config=configs/plan.py and --workdir=DIR (or --dry_run), or --log=FILE with a log of your own")
     if CEILING.present or CLIP_LEVEL.present:
         raise ValueError("--ceiling and --clip_level are for --log; the records of a sweep hold both")
-    config = command_line.config_of_job("configs/plan.py", job="plan", spread=True)
+    config = command_line.config_of_job("configs/plan.py", job="plan", instead=", or --log=FILE alone", spread=True)
     job, (S, T) = plan_run.open_job(config), _wanted(config["max_staleness"], config["horizon"])
-    if not EXTRAPOLATE.value:
-        plan_run.check_reach(job, S, T)
+    plan_run.check_reach(job, S, T, extrapolate=EXTRAPOLATE.value)
     if command_line.DRY_RUN.value:
         print(plan_run.describe(job, S))
         return 0
-    workdir = _open_workdir(plan_run.kept_config(config))
+    workdir = command_line.open_workdir(plan_run.kept_config(config), plan_report.WRITTEN)
     if MEASURE.value:
         total = plan_run.num_chunks(job, S)
         with command_line.told_where_it_stops(workdir.path), command_line.progress(total, "chunk") as report:
-            on_chunk = lambda name, seconds: report(name, f"{name}: {seconds:.1f} s")  # noqa: E731
-            plan_run.measure(job, workdir, S, on_chunk, command_line.say_of_program)
+            callbacks = (lambda name, seconds: report(name, f"{name}: {seconds:.1f} s"), command_line.say_of_program)
+            plan_run.measure(job, workdir, S, *callbacks)
     return _report(plan_run.evidence(job, workdir.read_metrics(), S), S, T)
 
 
-def _wanted(max_staleness: int, horizon: int) -> tuple[int, int]:
-    S = max_staleness if MAX_STALENESS.value is None else MAX_STALENESS.value
-    T = horizon if HORIZON.value is None else HORIZON.value
-    option_checks.as_integer("--max_staleness", S, minimum=0, maximum=planner.LARGEST)
-    return S, option_checks.as_integer("--horizon", T, minimum=1, maximum=planner.LARGEST)
-
-
-def _open_workdir(kept: dict) -> records.Workdir:
-    path, overwrite = command_line.WORKDIR.value, command_line.OVERWRITE.value
-    return records.open_workdir(path, kept, overwrite=overwrite, figures=plan_report.WRITTEN)
+def _wanted(S: int, T: int) -> tuple[int, int]:
+    S, T = (default if flag.value is None else flag.value for flag, default in ((MAX_STALENESS, S), (HORIZON, T)))
+    return planner.checked_wanted(S, T, LEARNING_RATE.value, prefix="--")[:2]
 
 
 def _report(evidence: plan_evidence.Evidence, S: int, T: int, kept: dict | None = None) -> int:
     """Prints the plan and writes it to the workdir, which a plan of a log, `kept`, opens only now that there is one."""
     options = dict(learning_rate=LEARNING_RATE.value, extrapolate=EXTRAPOLATE.value)
     plan = plan_evidence.plan_of(evidence, max_staleness=S, horizon=T, **options)
-    is_written = command_line.WORKDIR.value and not command_line.DRY_RUN.value
-    if is_written and kept:
-        _open_workdir(kept)
+    folder = None if command_line.DRY_RUN.value else command_line.WORKDIR.value
+    if folder and kept:
+        command_line.open_workdir(kept, plan_report.WRITTEN)
     print(plan_report.text(plan, evidence))
-    if is_written:
-        print("", *plan_report.write_report(plan, evidence, command_line.WORKDIR.value), sep="\n")
+    if folder:
+        print("", *plan_report.write_report(plan, evidence, folder), sep="\n")
     return 0
 
 

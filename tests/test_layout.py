@@ -246,7 +246,7 @@ def launch_complaints(folder: Path) -> list[str]:
     """Launch scripts that are not thin (or so thin that the job hides elsewhere); what they share is no script."""
     shared = {"__init__.py", "command_line.py"}
     lengths = {path.name: len(path.read_text().splitlines()) for path in sorted(folder.glob("*.py")) if path.name not in shared}
-    return [f"launch/{name} has {n} lines, it must have 20 to 90" for name, n in lengths.items() if not 20 <= n <= 90]
+    return [f"launch/{name} has {n} lines, it must have 20 to 80" for name, n in lengths.items() if not 20 <= n <= 80]
 
 
 def modules_after(statement: str) -> set[str]:

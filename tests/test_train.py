@@ -92,7 +92,8 @@ def test_lag_longer_than_a_run_is_refused():
 
 
 def test_every_epoch_has_every_question_once():
-    rows = np.concatenate([batch_prompts(3, 10, 4, batch) for batch in range(5)])
+    rows, ids = (np.concatenate(found) for found in zip(*(batch_prompts(3, 10, 4, batch) for batch in range(5)), strict=True))
+    assert len(set(ids.tolist())) == 20 and (ids % 10 == rows).all()  # a question that comes again is drawn anew
     assert sorted(rows[:10]) == sorted(rows[10:]) == list(range(10))
     assert rows[:10].tolist() != rows[10:].tolist() and rows[:10].tolist() != list(range(10))
 
@@ -124,8 +125,8 @@ def test_without_lag_a_run_is_the_synchronous_loop(tmp_path, schedule):
     trainer = trained(tmp_path / "run", config, stop_at=0)
     job, state, start = trainer.job, trainer.state, bits(trainer.state.train.params)
     for t in range(4):
-        rows = batch_prompts(config["seed"], len(job.train_task.questions), config["num_prompts"], t)
-        options = dict(step=t, version=t, stream=TRAINING_STREAM, put=trainer._put)
+        rows, ids = batch_prompts(config["seed"], len(job.train_task.questions), config["num_prompts"], t)
+        options = dict(step=t, version=t, stream=TRAINING_STREAM, draw_ids=ids, put=trainer._put)
         rollouts, _ = trainer._draw(state.train.params, job.train_task, rows, **options)
         state, _ = trainer._step(state, learner_lib.Batch(rollouts, rollouts.behavior_logprobs))
     lagless = trained(tmp_path / "other", config)

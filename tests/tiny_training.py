@@ -17,5 +17,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.warm_start.num_updates = 2
     config.staleness.max = 2
     config.evaluation.every, config.checkpoint.every, config.bias.every = 4, 4, 4
-    config.optimizer.learning_rate = 0.03
+    config.optimizer.learning_rate, config.optimizer.schedule = 0.03, ""
+    config.optimizer.schedule_options = ml_collections.ConfigDict()
     return config

@@ -38,7 +38,7 @@ class Learner:
       coupling: of the loss, as in `head.policy_loss`.
       accumulation_steps: parts into which the batch's prompts are cut; a divisor of B.
       chunk_size: tokens whose logits exist at a time, None = as `head.policy_loss` chooses.
-      epsilon_low, epsilon_high: of the logged clip fraction.
+      epsilons: (low, high) of the loss, for the logged share of tokens outside them; None = it has none.
       max_staleness: the largest lag of the run, which control transformations get.
     """
 
@@ -50,8 +50,7 @@ class Learner:
     coupling: str = "row"
     accumulation_steps: int = 1
     chunk_size: int | None = None
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
+    epsilons: tuple[float, float] | None = None
     max_staleness: int = 0
 
 
@@ -187,7 +186,8 @@ def _loss_and_gradient(learner: Learner, params: Params, batch: Batch) -> tuple[
     def accumulate(sums, part):
         batch, advantages = part
         (loss, logprobs), gradient = _part(learner, params, batch, advantages)
-        share = _count(learner, batch.rollouts.mask) / total
+        # A sum, with a count of 0, adds up.
+        share = jnp.where(total == 0, 1.0, _count(learner, batch.rollouts.mask) / jnp.where(total == 0, 1.0, total))
         return jax.tree.map(lambda kept, leaf: kept + (share * leaf).astype(leaf.dtype), sums, (loss, gradient)), logprobs
 
     def cut(leaf):
@@ -238,7 +238,12 @@ def _of_batch(learner: Learner, batch: Batch, logprobs: jax.Array, step: jax.Arr
     """Scalars of the rollouts and of how far they are from the learner."""
     rollouts = batch.rollouts
     advantages = learner.advantage_fn(rollouts.rewards)
-    epsilons = dict(epsilon_low=learner.epsilon_low, epsilon_high=learner.epsilon_high)
+    clipped = {}
+    if learner.epsilons is not None:
+        low, high = learner.epsilons
+        clipped = metrics.clip_fraction(
+            logprobs, batch.old_logprobs, advantages, rollouts.mask, epsilon_low=low, epsilon_high=high
+        )
     spread = jnp.max(rollouts.rewards, axis=-1) - jnp.min(rollouts.rewards, axis=-1)
     return {
         "reward": jnp.mean(rollouts.rewards),
@@ -246,5 +251,5 @@ def _of_batch(learner: Learner, batch: Batch, logprobs: jax.Array, step: jax.Arr
         "entropy": masked_mean(-rollouts.behavior_logprobs, rollouts.mask),
         "completion_length": jnp.mean(jnp.sum(rollouts.mask, axis=-1).astype(jnp.float32)),
         **metrics.off_policy(logprobs, rollouts.behavior_logprobs, rollouts.mask, rollouts.policy_version, step),
-        **metrics.clip_fraction(logprobs, batch.old_logprobs, advantages, rollouts.mask, **epsilons),
+        **clipped,
     }

@@ -92,8 +92,8 @@ def _bias(result: Record, biases: Rows) -> list[Part]:
     """How often it was told from none, and every measurement."""
     found = result["bias"]
     said = f"Measured {found['measured']} times, told from none {found['detected']} times"
-    if found["relative_norm_mean"] is not None:
-        said += f", where it is {found['relative_norm_mean']:.3g} of the fresh gradient on average"
+    if found["relative_norm"] is not None:
+        said += f"; over all of them ‖δ‖ is estimated as {found['relative_norm']:.3g} of the fresh gradient"
     if found["detection_limit_mean"] is not None:
         said += f". A bias of norm {found['detection_limit_mean']:.3g} (mean of the limits) would be seen four times in five"
     rows = [

@@ -17,9 +17,9 @@ from jax_async_grpo import sampling
 from jax_async_grpo.tasks import Scores, TextTask, Verifiers
 from jax_async_grpo.types import Params, Policy, Rollouts
 
-__all__ = ["BIAS_STREAM", "EVALUATION_STREAM", "TRAINING_STREAM", "Drawer", "batch_prompts", "drawer"]
+__all__ = ["EVALUATION_STREAM", "TRAINING_STREAM", "WARM_START_STREAM", "Drawer", "batch_prompts", "drawer"]
 
-TRAINING_STREAM, EVALUATION_STREAM, BIAS_STREAM = range(3)
+TRAINING_STREAM, EVALUATION_STREAM, WARM_START_STREAM = range(3)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class Drawer:
         step: int,
         version: int,
         stream: int,
+        draw_ids: np.ndarray | None = None,
         put: Callable = jnp.asarray,
     ) -> tuple[Rollouts, Scores]:
         """Scored groups of these rows of the task.
@@ -50,9 +51,11 @@ class Drawer:
         Args:
           params: φ.
           task: questions.
-          prompt_ids: [B] rows of the task, its global prompt ids.
+          prompt_ids: [B] rows of the task.
           step: the update that consumes them; random numbers fold it.
           version: the update whose parameters φ are.
+          draw_ids: [B] int, what random numbers fold in the place of a row, so that a question that comes twice is drawn anew;
+            default the rows.
           stream: tells training, evaluation and bias measurements apart.
           put: host array -> device array, e.g. in the sharding of a batch.
 
@@ -60,7 +63,8 @@ class Drawer:
           (Rollouts on the devices, what the verifier made of them).
         """
         prompts, prompt_mask = task.prompts[prompt_ids], task.prompt_mask[prompt_ids]
-        placed = [put(array) for array in (prompts, prompt_mask, np.asarray(prompt_ids, np.int32))]
+        ids = np.asarray(prompt_ids if draw_ids is None else draw_ids, np.int32)
+        placed = [put(array) for array in (prompts, prompt_mask, ids)]
         drawn = self.generate(params, *placed, jnp.int32(step), jnp.int32(stream))
         completions, mask = np.asarray(drawn.completions), np.asarray(drawn.mask)
         scores = self.verifiers.score(task, np.asarray(prompt_ids), completions, mask)
@@ -125,24 +129,27 @@ def drawer(
     return Drawer(generate, verifiers)
 
 
-def batch_prompts(seed: int, num_rows: int, num_prompts: int, batch: int) -> np.ndarray:
-    """Rows of the task in batch b: every epoch is a new permutation, and the batches follow each other through the epochs.
+def batch_prompts(
+    seed: int, num_rows: int, num_prompts: int, batch: int, *, stream: int = TRAINING_STREAM
+) -> tuple[np.ndarray, np.ndarray]:
+    """(rows of the task in batch b, their ids): every epoch is a new permutation, and batches follow each other through epochs.
 
     Args:
       seed: of the run.
       num_rows: M questions of the task.
       num_prompts: B.
       batch: b ≥ 0.
+      stream: tells the orders of a warm start and of the run apart.
 
     Returns:
-      [B] int64; a row may stand there twice where the batch is larger than what an epoch has left.
+      ([B], [B]) int64; the id is epoch·M + row: a question that an epoch and the next put into one batch has two.
 
-    >>> first, second = (batch_prompts(0, 6, 3, batch) for batch in (0, 1))
+    >>> first, second = (batch_prompts(0, 6, 3, batch)[0] for batch in (0, 1))
     >>> sorted([*first.tolist(), *second.tolist()])
     [0, 1, 2, 3, 4, 5]
     """
     positions = np.arange(batch * num_prompts, (batch + 1) * num_prompts)
-    epochs = {
-        epoch: np.random.default_rng([seed, epoch]).permutation(num_rows) for epoch in set((positions // num_rows).tolist())
-    }
-    return np.array([epochs[position // num_rows][position % num_rows] for position in positions.tolist()])
+    epochs = positions // num_rows
+    orders = {epoch: np.random.default_rng([seed, stream, epoch]).permutation(num_rows) for epoch in set(epochs.tolist())}
+    rows = np.array([orders[epoch][position % num_rows] for epoch, position in zip(epochs, positions, strict=True)])
+    return rows, epochs * num_rows + rows

@@ -133,10 +133,11 @@ class Trainer:
         while self.progress.step < config["num_updates"] and not self._should_stop():
             self._one_update()
             if self.progress.step % every == 0 and self.progress.bad_updates == 0:
+                self._evaluate_if_due()  # first, so that the checkpoint's score is its own
                 self.save()
         done = self.progress.step == config["num_updates"]
-        if done and (not self.progress.evaluations or self.progress.evaluations[-1][0] != self.progress.step):
-            self._evaluate()
+        if done:
+            self._evaluate_if_due()
         self.save()
         return done
 
@@ -146,18 +147,20 @@ class Trainer:
         if self.progress.step == self._saved:
             return
         self._saved = self.progress.step
-        score = self.progress.evaluations[-1][1] if self.progress.evaluations else None
+        evaluated, reward = self.progress.evaluations[-1] if self.progress.evaluations else (None, None)
+        score = reward if evaluated == self.progress.step else None
         self._checkpoints.save(self.progress.step, self._arrays(), self.progress.to_plain(), score=score)
 
     def _one_update(self) -> None:
         config, t = self.job.config, self.progress.step
-        if t % config["evaluation"]["every"] == 0:
-            self._evaluate()
+        self._evaluate_if_due()
         batch = self.job.lag.batch_of(t)
         behavior = self._behavior(t) if config["replay"] == "params" else None
         rollouts = self._rollouts_of(batch, behavior)
         logged = {} if behavior is None else self._of_behavior(behavior, rollouts)
-        if config["bias"]["every"] and t % config["bias"]["every"] == 0:
+        # From update S on, so that a period that divides `every` is met at its full lag.
+        since = t - config["staleness"]["max"]
+        if config["bias"]["every"] and since >= 0 and since % config["bias"]["every"] == 0:
             self._measure_bias(batch, behavior, rollouts)
         self.state, measured = self._step(self.state, Batch(rollouts, self._old_logprobs(rollouts, behavior, t)))
         self._record(t, {**jax.device_get(measured), **logged})
@@ -165,17 +168,17 @@ class Trainer:
     def _record(self, t: int, measured: dict[str, Any]) -> None:
         """The row of an update, and the counts that stop a run."""
         job, progress = self.job, self.progress
-        eta, lag = learning_rate_at(job, t), job.lag.staleness(t)
-        progress.total_learning_rate += eta
+        eta = learning_rate_at(job, t - progress.total_bad_updates)
+        progress.total_learning_rate += eta if measured["update/is_finite"] else 0.0
         row = {"kind": "update", "step": t} | {name: float(value) for name, value in measured.items()}
         row |= {
             "staleness/configured": job.config["staleness"]["max"],
             "lr/current": eta,
-            "lr/s_eta": lag * eta,
+            "lr/s_eta": job.config["staleness"]["max"] * eta,
             "lr/t_eta": progress.total_learning_rate,
         }
         if job.predicted_limit is not None:
-            row |= {"lr/predicted_max": job.predicted_limit, "lr/headroom": job.predicted_limit / eta}
+            row |= {"lr/predicted_max": job.predicted_limit, "lr/headroom": job.predicted_limit / eta if eta > 0 else math.inf}
         self._write(row)
         progress.step = t + 1
         is_bad = not row["update/is_finite"]
@@ -193,8 +196,11 @@ class Trainer:
     # --- rollouts
 
     def _behavior(self, t: int) -> Params:
-        behavior, _ = self._read(self.state.train.history, jnp.int32(self.job.lag.staleness(t)))
-        return behavior
+        return self._version(self.job.lag.staleness(t))
+
+    def _version(self, age: int) -> Params:
+        """θ_{t−age}; without lag the learner's own parameters, which a ring in bfloat16 rounds."""
+        return self._read(self.state.train.history, jnp.int32(age))[0] if age else self.state.train.params
 
     def _rollouts_of(self, batch: int, behavior: Params | None) -> Rollouts:
         """Of the batch: kept from the update before, drawn from the ring's version, or pending."""
@@ -212,28 +218,32 @@ class Trainer:
         return rollouts
 
     def _drawn(self, batch: int, behavior: Params) -> Rollouts:
+        rows, ids = self._prompts(batch)
         rollouts, scores = self._draw(
             behavior,
             self.job.train_task,
-            self._prompts(batch),
+            rows,
+            draw_ids=ids,
             step=self.job.lag.first_step(batch),
             version=int(self.job.lag.versions[batch]),
             stream=TRAINING_STREAM,
             put=self._put,
         )
-        for reason, number in scores.reasons.items():
-            self.progress.failed_samples[reason] += number
+        # A run that goes on within a reused batch draws it again.
+        if self.job.config["replay"] == "rollouts" or self.progress.step == self.job.lag.first_step(batch):
+            for reason, number in scores.reasons.items():
+                self.progress.failed_samples[reason] += number
         return rollouts
 
     def _placed(self, batch: int, fields: dict[str, np.ndarray]) -> Rollouts:
-        task, rows = self.job.train_task, self._prompts(batch)
+        task, (rows, _) = self.job.train_task, self._prompts(batch)
         return Rollouts(
             prompts=self._put(task.prompts[rows]),
             prompt_mask=self._put(task.prompt_mask[rows]),
             **{name: self._put(array) for name, array in fields.items()},
         )
 
-    def _prompts(self, batch: int) -> np.ndarray:
+    def _prompts(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
         config = self.job.config
         return batch_prompts(config["seed"], len(self.job.train_task.questions), config["num_prompts"], batch)
 
@@ -245,7 +255,7 @@ class Trainer:
         if kind == "recomputed":
             return self._logprobs(behavior, rollouts)
         age = t - self.job.lag.first_step(self.job.lag.batch_of(t))
-        return self._logprobs(self._read(self.state.train.history, jnp.int32(age))[0], rollouts)
+        return self._logprobs(self._version(age), rollouts)
 
     def _token_logprobs(self, params: Params, rollouts: Rollouts) -> jax.Array:
         policy = self.job.policy
@@ -274,8 +284,11 @@ class Trainer:
         )
         return float(np.mean(np.asarray(rollouts.rewards)[:number]))
 
-    def _evaluate(self) -> None:
-        t = self.progress.step
+    def _evaluate_if_due(self) -> None:
+        """Held-out reward of θ_t, once, at every multiple of `evaluation.every` and at T."""
+        t, config = self.progress.step, self.job.config
+        if (t % config["evaluation"]["every"] and t != config["num_updates"]) or t in dict(self.progress.evaluations[-1:]):
+            return
         reward = self.heldout_reward(self.state.train.params, t)
         self.progress.evaluations.append((t, reward))
         failed = {f"verifier/{reason.replace(' ', '_')}": number for reason, number in self.progress.failed_samples.items()}
@@ -301,13 +314,14 @@ class Trainer:
         """δ of this very batch against fresh rollouts with its random numbers (`estimation`)."""
         job, options = self.job, self.job.config["bias"]
 
-        def sample(params: Params, rows: np.ndarray, key: jax.Array) -> Rollouts:
+        def sample(params: Params, prompts: tuple[np.ndarray, np.ndarray], key: jax.Array) -> Rollouts:
             del key  # the run's own, folded by the step: the fresh rollouts share the noise of the stale ones
             if params is behavior:
                 return rollouts
             step, version = job.lag.first_step(batch), self.progress.step
             options = dict(step=step, version=version, stream=TRAINING_STREAM, put=self._put)
-            return self._draw(params, job.train_task, rows, **options)[0]
+            rows, ids = prompts
+            return self._draw(params, job.train_task, rows, draw_ids=ids, **options)[0]
 
         found = estimation.estimate(
             self._logprobs,
@@ -318,11 +332,13 @@ class Trainer:
             self._prompts(batch),
             self._key,
             num_blocks=options["num_blocks"],
-            previous_ess=self.progress.previous_ess,
+            previous_ess=self.progress.previous_ess if job.is_separable else None,
             ess_threshold=options["ess_threshold"],
         )
         self.progress.previous_ess = found.ess_ratio
-        row = {"kind": "bias", "step": self.progress.step, "method": found.method, "detected": int(found.detected)}
+        t = self.progress.step
+        row = {"kind": "bias", "step": t, "staleness": job.lag.staleness(t), "method": found.method}
+        row |= {"detected": int(found.detected), "fresh_norm_squared": found.fresh_norm_squared}
         self._write(row | {"ess_ratio": found.ess_ratio, "coupled_fraction": found.coupled_fraction, **found.metrics()})
 
     # --- start, save, records

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ class TrainJob:
       mesh: of all devices.
       learning_rate: the optimizer's, or its schedule t -> η_t.
       predicted_limit: η_80 of a plan for this S, or None.
+      is_separable: whether the loss of a batch is the mean of those of its prompts, so that groups can be reweighted.
     """
 
     config: Mapping[str, Any]
@@ -100,6 +102,7 @@ class TrainJob:
     mesh: Mesh
     learning_rate: float | Callable[[int], Any]
     predicted_limit: float | None
+    is_separable: bool
 
 
 def validate(config: Mapping[str, Any]) -> None:
@@ -122,6 +125,7 @@ def validate(config: Mapping[str, Any]) -> None:
     check_number(config["warm_start"]["target_reward"], "warm_start.target_reward", lambda x: 0 < x <= 1, "in (0, 1]")
     check_rule(config["rule"])
     _check_sizes(config)
+    _check_meaning(config)
 
 
 def build(config: Mapping[str, Any]) -> TrainJob:
@@ -158,6 +162,11 @@ def build(config: Mapping[str, Any]) -> TrainJob:
         raise ValueError(f"config.num_heldout: {first_line(error)}") from None
     policy = _call(config, "policy", task.tokenizer.vocab_size)
     learning_rate = _learning_rate(config)
+    if config["num_prompts"] > len(train_task.questions):
+        raise ValueError(
+            f"config.num_prompts is {config['num_prompts']}; there are {len(train_task.questions)} questions to train on: a "
+            "batch would hold one twice"
+        )
     learner = _learner(config, policy, learning_rate, lag.capacity - 1)
     _try_optimizer(config, learner)
     return TrainJob(
@@ -171,11 +180,12 @@ def build(config: Mapping[str, Any]) -> TrainJob:
         mesh=mesh,
         learning_rate=learning_rate,
         predicted_limit=_predicted_limit(config),
+        is_separable=_is_separable(learner, config["group_size"]),
     )
 
 
 def learning_rate_at(job: TrainJob, step: int) -> float:
-    """η of update `step`."""
+    """η of the optimizer's update number `step`; those that were skipped do not count."""
     return float(job.learning_rate(step)) if callable(job.learning_rate) else float(job.learning_rate)
 
 
@@ -219,11 +229,6 @@ def _check_words(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config.{field} is {config[field]!r}; it must be one of {', '.join(allowed)}")
     if config["ring"]["dtype"] not in ("", "bfloat16"):
         raise ValueError(f"config.ring.dtype is {config['ring']['dtype']!r}; it must be '' (as the parameters) or 'bfloat16'")
-    if config["replay"] == "rollouts" and config["denominator"] != "recorded":
-        raise ValueError(
-            f"config.denominator is {config['denominator']!r} and replay 'rollouts', which keeps no old parameters to compute "
-            "it; take denominator='recorded' or replay='params'"
-        )
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
@@ -238,6 +243,11 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     if config["replay"] == "rollouts" and config["bias"]["every"]:
         raise ValueError(
             "config.bias.every is set and replay is 'rollouts', which keeps no old parameters: take replay='params'"
+        )
+    if config["replay"] == "rollouts" and config["denominator"] != "recorded":
+        raise ValueError(
+            f"config.denominator is {config['denominator']!r} and replay 'rollouts', which keeps no old parameters to compute "
+            "it; take denominator='recorded' or replay='params'"
         )
     make_lag_plan(
         config["staleness"]["schedule"], config["staleness"]["max"], config["num_updates"],
@@ -256,6 +266,27 @@ def _with_tokenizer(options: Mapping[str, Any]) -> dict[str, Any]:
         except (TypeError, ValueError, ImportError) as error:
             raise ValueError(f"config.task_options.tokenizer: {first_line(error)}") from None
     return options
+
+
+def _check_meaning(config: Mapping[str, Any]) -> None:
+    """What would run and mean something else than it seems to."""
+    recorded, measured = config["denominator"] == "recorded", config["bias"]["every"] > 0
+    if config["correction"] and recorded:
+        raise ValueError(
+            "config.correction weighs the ratio's denominator against the recorded log-probs, and denominator is 'recorded': "
+            "it would do nothing; take denominator='learner' or 'recomputed', or correction=''"
+        )
+    if measured and not recorded:
+        raise ValueError(
+            f"config.bias.every is set and denominator is {config['denominator']!r}: the bias is measured for recorded "
+            "denominators only; take bias.every=0 or denominator='recorded'"
+        )
+    sampling = config["sampling"]
+    if measured and (sampling["temperature"], sampling["top_k"], sampling["top_p"]) != (1, 0, 1):
+        raise ValueError(
+            "config.bias.every is set and sampling is not the policy's own (temperature 1, top_k 0, top_p 1): stale and fresh "
+            "rollouts would differ by more than lag; take bias.every=0 or the policy's own sampling"
+        )
 
 
 def _call(config: Mapping[str, Any], key: str, *arguments) -> Any:
@@ -307,7 +338,8 @@ def _learner(config: Mapping[str, Any], policy: Policy, learning_rate, max_stale
         raise ValueError(
             f"config.loss ({config['loss']}) couples the rows of a batch; it cannot be accumulated: take accumulation_steps=1"
         )
-    options = config["loss_options"]
+    parameters = inspect.signature(loss_fn).parameters
+    epsilons = {name: parameters[name].default for name in ("epsilon_low", "epsilon_high") if name in parameters}
     return Learner(
         policy=policy,
         loss_fn=loss_fn,
@@ -316,21 +348,39 @@ def _learner(config: Mapping[str, Any], policy: Policy, learning_rate, max_stale
         optimizer=_optimizer(config, learning_rate),
         coupling=coupling,
         accumulation_steps=config["accumulation_steps"],
-        epsilon_low=options.get("epsilon_low", 0.2),
-        epsilon_high=options.get("epsilon_high", 0.2),
+        epsilons=tuple(epsilons.values()) if len(epsilons) == 2 else None,
         max_staleness=max_staleness,
     )
 
 
 def _coupling(loss_fn: Callable, loss_inputs: tuple[str, ...]) -> str:
-    """The least that the loss couples."""
-    for coupling in ("token", "row"):
-        try:
-            check_coupling(loss_fn, coupling, 3, loss_inputs)
-        except ValueError:
-            continue
-        return coupling
-    return "batch"
+    """ "row", or "batch" where the loss is seen to couple rows; never "token": a threshold far away hides from probes."""
+    try:
+        check_coupling(loss_fn, "row", 3, loss_inputs)
+    except ValueError:
+        return "batch"
+    return "row"
+
+
+def _is_separable(learner: Learner, group_size: int) -> bool:
+    """Tried on prompts with completions of unequal lengths: whole against mean of parts, by the derivatives in log-probs."""
+    rng = np.random.default_rng(0)
+    mask = np.arange(4) < rng.integers(1, 5, (6, group_size, 1))
+    logprobs, behavior = (jnp.asarray(np.where(mask, -rng.random(mask.shape), 0), jnp.float32) for _ in range(2))
+    rewards = jnp.asarray(rng.random(mask.shape[:2]), jnp.float32)
+    known = {"behavior_logprobs"} & set(named_parameters(learner.loss_fn))
+
+    def of(logprobs, behavior, rewards, mask):
+        inputs = {name: behavior for name in known}
+        return learner.aggregation_fn(
+            learner.loss_fn(logprobs, behavior, learner.advantage_fn(rewards), mask, **inputs), mask
+        ).mean()
+
+    def of_parts(logprobs, *others):
+        return jnp.mean(jax.vmap(lambda *row: of(*(leaf[None] for leaf in row)))(logprobs, *others))
+
+    whole, parts = (jax.grad(function)(logprobs, behavior, rewards, jnp.asarray(mask)) for function in (of, of_parts))
+    return bool(jnp.max(jnp.abs(whole - parts)) <= 1e-4 * jnp.max(jnp.abs(whole)))
 
 
 def _optimizer(config: Mapping[str, Any], learning_rate) -> optax.GradientTransformation:
@@ -352,8 +402,14 @@ def _optimizer(config: Mapping[str, Any], learning_rate) -> optax.GradientTransf
 
 def _try_optimizer(config: Mapping[str, Any], learner: Learner) -> None:
     shapes = jax.eval_shape(learner.policy.init, jax.random.key(0))
+
+    def trial(params):
+        optimizer = optax.with_extra_args_support(learner.optimizer)
+        extra_args = dict(staleness=learner.max_staleness, ess=jnp.ones(()))
+        return optimizer.update(params, optimizer.init(params), params, **extra_args)
+
     try:
-        jax.eval_shape(learner.optimizer.init, shapes)
+        jax.eval_shape(trial, shapes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.optimizer ({config['optimizer']['name']}) cannot be used: {first_line(error)}") from None
 

@@ -28,7 +28,8 @@ def summary(rows: Sequence[Mapping[str, Any]], versions: Mapping[str, Any]) -> d
     updates, evaluations, biases = (_of_kind(rows, kind) for kind in ("update", "evaluation", "bias"))
     start = next((row for row in rows if row["kind"] == "start"), {})
     rewards = [row["heldout_reward"] for row in evaluations]
-    detected = [row for row in biases if row["detected"]]
+    lagged = [row for row in biases if row["staleness"] > 0]
+    squares = [sum(row[name] for row in lagged) for name in ("bias/norm_squared", "fresh_norm_squared")]
     return {
         "num_updates": len(updates),
         "num_parameters": start.get("num_parameters"),
@@ -47,9 +48,10 @@ def summary(rows: Sequence[Mapping[str, Any]], versions: Mapping[str, Any]) -> d
         "t_eta": updates[-1]["lr/t_eta"] if updates else None,
         "bias": {
             "measured": len(biases),
-            "detected": len(detected),
-            "relative_norm_mean": _mean(row["bias/relative_norm"] for row in detected),
-            "detection_limit_mean": _mean(row["bias/detection_limit"] for row in biases),
+            "detected": sum(row["detected"] for row in biases),
+            # of summed squares, whose estimates are unbiased; the mean of what was detected would be too large
+            "relative_norm": float(np.sqrt(max(squares[0], 0.0) / squares[1])) if lagged and squares[1] > 0 else None,
+            "detection_limit_mean": _mean(row["bias/detection_limit"] for row in lagged),
         },
         "versions": dict(versions),
     }

@@ -13,12 +13,10 @@ from jax_async_grpo import head
 from jax_async_grpo.masked import masked_mean
 from jax_async_grpo.policies import completion_hidden
 from jax_async_grpo.tasks import TextTask
-from jax_async_grpo.training.rollouts import batch_prompts
+from jax_async_grpo.training.rollouts import WARM_START_STREAM, batch_prompts
 from jax_async_grpo.types import Params, Policy
 
 __all__ = ["WarmStarted", "supervised"]
-
-_STREAM_OF_BATCHES = 1  # beside the seed of the run's own batches
 
 
 class WarmStarted(NamedTuple):
@@ -77,7 +75,7 @@ def supervised(
     opt_state, done, reward = jax.jit(optimizer.init)(params), 0, reward_of(params)
     on_check(0, reward)
     while done < num_updates and reward < target_reward:
-        rows = batch_prompts(seed + _STREAM_OF_BATCHES, len(task.questions), num_prompts, done)
+        rows, _ = batch_prompts(seed, len(task.questions), num_prompts, done, stream=WARM_START_STREAM)
         batch = (task.prompts[rows], task.prompt_mask[rows], task.targets[rows], task.target_mask[rows])
         params, opt_state = step(params, opt_state, *map(put, batch))
         done += 1
