@@ -54,6 +54,8 @@ def get_config() -> ml_collections.ConfigDict:
             losses=("no_is", "clip", "is_"),
         ),
     )
+    # Added after the runs, and fitted to nothing: delay stability at θ_0 beside the other rules (studies/prediction_delay.py).
+    config.delay = ml_collections.ConfigDict(dict(worlds=tuple(worlds), rank=24, num_draws=512))
     config.sweep.cases = ml_collections.ConfigDict()
     near = config.anchor_staleness
     for name, world in worlds.items():

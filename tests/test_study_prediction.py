@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
+import jax
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
 
 from configs import study_prediction
 from configs.sweep_digits import algorithm, case
-from jax_async_grpo import planner, records
-from jax_async_grpo.studies import contract, prediction
+from jax_async_grpo import planner, records, sweep_run
+from jax_async_grpo.delay_stability import delay_stability
+from jax_async_grpo.studies import contract, delay, prediction, prediction_delay
 
 RATES = tuple(0.01 * 1.3**k for k in range(22))
 
@@ -149,6 +153,112 @@ def test_the_study_runs_stops_and_goes_on(tmp_path):
     assert "| w | no_is | 4 |" in (tmp_path / "page.md").read_text()
 
 
+def test_planted_thresholds_stand_in_the_table_and_on_their_side_of_the_truth():
+    """A threshold of half the truth errs by ln 2 in every setting, whatever the anchors say."""
+    config, rows, _ = planted(law(0.5))
+    truths = {s["max_staleness"]: s["truth"]["eta_80"] for s in prediction.summary(rows, config, {})["settings"]}
+    assert "Delay stability is not in this table" in prediction.page(prediction.summary(rows, config, {}))
+    known = dict(kind="delay", world="w", algorithm="no_is")
+    result = prediction.summary(
+        rows + [known | dict(max_staleness=s, learning_rate=x / 2) for s, x in truths.items()], config, {}
+    )
+    score = result["scores"]["no_is"]["delay_stability"]
+    assert score["number"] == 2 and score["median"] == pytest.approx(math.log(2)) == pytest.approx(score["worst"])
+    assert result["delay"]["all"] == dict(number=2, at_or_below=2, median_ratio=pytest.approx(0.5))
+    page = prediction.page(result)
+    assert "| no_is | delay stability at θ_0 | 0.69 | 0.69 | 0.69 | 2 |" in page and "no_is 2 of 2 (median ratio 0.50)" in page
+    assert "It is a lower bound throughout." in page
+    result = prediction.summary([*rows, known | dict(max_staleness=16, learning_rate=3 * truths[16])], config, {})
+    assert result["delay"]["all"] == dict(number=1, at_or_below=0, median_ratio=pytest.approx(3.0))  # of one setting alone
+    assert "no lower bound with no_is" in prediction.page(result)
+
+
+def linearized(loss="reinforce", **changes):
+    """The Jacobians of a tiny world, whose θ_0 is random."""
+    config = tiny_config()
+    config["sweep"]["cases"]["w_truth"] |= changes
+    config["sweep"]["algorithms"] = {"no_is": algorithm(loss)}
+    case_ = sweep_run.build_case(config["sweep"], "w_truth", "no_is")
+    return case_, prediction_delay.linearization(case_, num_draws=400, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tabular():
+    return linearized()
+
+
+def test_the_jacobians_of_a_bandit_are_those_of_the_delay_study():
+    """One prompt, one logit an action: the delay study differentiates the same field by another road."""
+    study = dict(rewards=(1.0, 0.3, 0.0), group_size=4, losses={"no_is": "jax_async_grpo.losses.reinforce"})
+    of_study = delay.bandit_case(study, "no_is")
+    at = delay.make_equilibrium(of_study)(0.1)
+    case_, _ = linearized(task_options=dict(rewards=((1.0, 0.3, 0.0),)))
+    leaves, tree = jax.tree.flatten(case_.params)
+    (table,) = leaves
+    logits = np.zeros(table.shape)
+    logits[:, : len(at.params)] = at.params
+    placed = dataclasses.replace(case_, params=jax.tree.unflatten(tree, [logits]))
+    found = prediction_delay.linearization(placed, num_draws=2, seed=0)
+    rows = prediction_delay.measure_delay(found, (0, 3, 4), rank=24)
+    learner, behavior = at.learner + 0.1 * np.eye(3), at.behavior  # the sweep has no decay
+    kept = prediction_delay.decaying_directions(*prediction_delay.seen_directions(learner, behavior))
+    for row in rows:
+        expected = delay_stability(*kept, row["max_staleness"]).max_learning_rate
+        assert row["learning_rate"] == pytest.approx(expected, rel=1e-6)
+    assert rows[0]["num_seen"] == 2 and rows[0]["learning_rate"] > rows[2]["learning_rate"]
+
+
+def test_optimizers_rescale_the_plain_map(tabular):
+    case_, plain = tabular
+    _, slow = linearized(optimizer_options=dict(momentum=0.75))
+    assert plain.factor == 1 and slow.factor == 0.25
+    np.testing.assert_array_equal(slow.behavior, plain.behavior)
+    adam_case, adam = linearized(optimizer="optax.adam", optimizer_options=dict(eps=1e-3))
+    scale, _ = prediction_delay.optimizer_map(adam_case, num_draws=400, seed=0)
+    seen = np.diag(plain.behavior) != 0
+    assert seen.sum() == 6  # two prompts, three actions
+    np.testing.assert_allclose(scale[~seen], 1e3)  # nothing is drawn there
+    # the similarity leaves the eigenvalues of D·B
+    left, right = (np.sort(np.linalg.eigvals(m).real) for m in (adam.behavior, scale[:, None] * plain.behavior))
+    np.testing.assert_allclose(left, right, atol=1e-9 * np.abs(right).max())
+    draw = jax.jit(case_.update_gradient("sampled"))
+    draws = [draw(jax.random.key(k), case_.params, case_.params, 0, 0) for k in range(100)]
+    square = np.mean([ravel_pytree(g)[0] ** 2 for g in draws], axis=0)
+    np.testing.assert_allclose(1 / scale[seen] - 1e-3, np.sqrt(square[seen]), rtol=0.35)
+
+
+def test_growing_directions_leave_and_the_leading_ones_stay():
+    """diag blocks whose thresholds are known: the growing one and the still one must not make the answer 0."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.normal(size=(6, 6)))[0]
+    learner = turn @ np.diag([0.0, 0.0, -1.0, 2.0, 0.0, -0.01]) @ turn.T
+    behavior = turn @ np.diag([-1.7, -0.4, 0.2, -1.0, 0.0, 0.0]) @ turn.T
+    at = prediction_delay.Linearization(learner, behavior, 0.5)
+    (row,) = prediction_delay.measure_delay(at, [5], rank=2)
+    assert (row["num_seen"], row["num_decaying"], row["rank"]) == (5, 4, 3)
+    assert row["learning_rate"] == pytest.approx(0.5 * 2 / 1.7 * math.sin(math.pi / 22), rel=1e-9)
+
+
+def test_delay_pieces_are_measured_once_and_losses_that_agree_share_them(tmp_path):
+    """To first order at θ = φ clip is importance sampling; without importance sampling is another matter."""
+    config = tiny_config()
+    losses = dict(no_is="reinforce", clip="ppo_clip", is_="importance_sampling")
+    config["sweep"]["algorithms"] = {name: algorithm(loss) for name, loss in losses.items()}
+    config["sweep"]["cases"]["w_truth"]["algorithms"] = tuple(losses)
+    assert not prediction_delay.delay_pieces(config)
+    config["delay"] = dict(worlds=("w",), rank=8, num_draws=4)
+    prediction.validate(config)
+    assert prediction.pieces(config)[-3:] == ["delay/w/no_is", "delay/w/clip", "delay/w/is_"]
+    workdir, seen = records.open_workdir(tmp_path / "run", config), []
+    for _ in range(2):
+        prediction_delay.run_delay(config, workdir, lambda name, seconds: seen.append(name))
+    assert seen == prediction_delay.delay_pieces(config)
+    found = {(r["algorithm"], r["max_staleness"]): r["learning_rate"] for r in workdir.read_metrics() if r["kind"] == "delay"}
+    assert len(found) == 6
+    for lag in (4, 5):
+        assert found["clip", lag] == found["is_", lag] > 1.5 * found["no_is", lag] > 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -156,6 +266,15 @@ def test_the_study_runs_stops_and_goes_on(tmp_path):
         (lambda c: c["sweep"]["cases"]["w_anchor"].update(max_staleness=(0, 3)), r"max_staleness \(0, 2\)"),
         (lambda c: c["criteria"].pop("p90"), "config.criteria.p90 is missing"),
         (lambda c: c.update(anchor_staleness=0), "config.anchor_staleness is 0"),
+        (lambda c: c.update(delay=dict(worlds=("v",), rank=8, num_draws=4)), r"config.delay.worlds is \('v',\)"),
+        (lambda c: c.update(delay=dict(worlds=("w",), rank=0, num_draws=4)), "config.delay.rank is 0"),
+        (
+            lambda c: (
+                c.update(delay=dict(worlds=("w",), rank=8, num_draws=4)),
+                c["sweep"]["cases"]["w_truth"].update(optimizer="optax.lion"),
+            ),
+            "'w', whose optimizer is optax.lion",
+        ),
         (lambda c: c["sweep"].update(precision="float16"), "config.sweep.precision is 'float16'"),
     ],
 )

@@ -18,6 +18,7 @@ from jax_async_grpo.config_checks import check_integer, check_keys, check_mappin
 from jax_async_grpo.plan_evidence import anchor_of_boundary, probe_of_cell
 from jax_async_grpo.records import Workdir
 from jax_async_grpo.scaling import CollapseRule
+from jax_async_grpo.studies.prediction_delay import delay_pieces, run_delay, validate_delay
 from jax_async_grpo.studies.prediction_page import figures, page
 from jax_async_grpo.studies.swept import run_sweep, sweep_pieces, validate_sweep
 
@@ -45,12 +46,15 @@ _MEASURES = {  # of the stale rollouts of a probe; each is made proportional to 
 _NUM_BOOTSTRAP = 2000
 _FEWEST = 12  # settings below which nothing is said to hold
 
-pieces = sweep_pieces
+
+def pieces(config: Mapping[str, Any]) -> list[str]:
+    """The chunks of the sweep, then the delay stability of every (world, loss), where the config asks for it."""
+    return sweep_pieces(config) + delay_pieces(config)
 
 
 def validate(config: Mapping[str, Any]) -> None:
     """ValueError on the first thing in the config that cannot be run."""
-    check_keys(config, _KEYS, "")
+    check_keys({name: part for name, part in config.items() if name != "delay"}, _KEYS, "")
     check_keys(config["probe"], ("num_updates", "first_seed", "num_seeds"), "probe")
     check_mapping(config["criteria"], "criteria")
     check_keys(config["criteria"], _CRITERIA, "criteria")
@@ -66,14 +70,16 @@ def validate(config: Mapping[str, Any]) -> None:
                 f"config.sweep.cases: the world {world} needs {world}_anchor with max_staleness (0, "
                 f"{config['anchor_staleness']}) and {world}_truth"
             )
+    validate_delay(config, _worlds(config))
 
 
 def run(config: Mapping[str, Any], workdir: Workdir, on_piece: Callable[[str, float], None]) -> None:
-    """Anchors, truth and ladders of probes first, then, where a world has no ladder, the probes that its anchors ask for."""
+    """Anchors, truth and ladders of probes, then the probes that anchors ask for where a world has no ladder, then delay."""
     programs: dict = {}
     run_sweep(config, workdir, on_piece, programs)
     cases = dict(config["sweep"]["cases"]) | _probe_cases(config, workdir.read_metrics())
     run_sweep({**config, "sweep": {**config["sweep"], "cases": cases}}, workdir, on_piece, programs)
+    run_delay(config, workdir, on_piece)
 
 
 def summary(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], sources: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,6 +94,7 @@ def summary(rows: Sequence[Mapping[str, Any]], config: Mapping[str, Any], source
     return {
         "settings": settings,
         "scores": scores,
+        "delay": {name: _beside_delay(settings, name) for name in scores},
         "differences": {rival: _difference(judged, rival) for rival in ("log_log", "constant", "sqrt_msd")},
         "statuses": _statuses(settings),
         "checks": _checks(judged, scores["all"], config["criteria"], config["sweep"]["level"]),
@@ -177,6 +184,7 @@ def _probe_cases(config, rows) -> dict[str, Any]:
 
 def _settings(rows, config) -> list[dict[str, Any]]:
     boundaries, groups, lag = _boundaries(rows, config), sweep_summary.groups(rows), config["anchor_staleness"]
+    delays = {(r["world"], r["algorithm"], r["max_staleness"]): r["learning_rate"] for r in rows if r["kind"] == "delay"}
     settings = []
     for world in _worlds(config):
         part = config["sweep"]["cases"][f"{world}_truth"]
@@ -188,6 +196,7 @@ def _settings(rows, config) -> list[dict[str, Any]]:
             far, near = (_probe(groups, world, algorithm, *of, rate) for of in ((staleness, "probe"), (lag, "near_probe")))
             low = _low_probe(groups, world, algorithm, staleness, config["largest_tv"]) or far
             setting = dict(world=world, algorithm=algorithm, max_staleness=staleness, truth=truth)
+            setting["delay"] = delays.get((world, algorithm, staleness))
             settings.append(setting | _predictions(anchors, staleness, int(truth["horizon"]), far, near, low))
     return settings
 
@@ -246,6 +255,7 @@ def _scores(settings) -> dict[str, dict[str, float]]:
     table = {name: [abs(math.log(s["rules"][name] / s["truth"]["eta_80"])) for s in usable] for name in names}
     alone = [s for s in settings if s["truth"]["status"] == "found" and s["without_anchors"] and s["without_anchors"]["rate"]]
     table["without_anchors"] = [abs(math.log(s["without_anchors"]["rate"] / s["truth"]["eta_80"])) for s in alone]
+    table["delay_stability"] = [abs(x) for x in _logs_of_delay(settings)]
     return {
         name: dict(
             median=float(np.median(errors)), p90=float(np.quantile(errors, 0.9)), worst=float(max(errors)), number=len(errors)
@@ -253,6 +263,20 @@ def _scores(settings) -> dict[str, dict[str, float]]:
         for name, errors in table.items()
         if errors
     }
+
+
+def _logs_of_delay(settings) -> list[float]:
+    """ln(delay stability / true η_80) of the settings in which both are numbers; it is 0 where nothing at all is stable."""
+    known = [s for s in settings if s["truth"]["status"] == "found" and s["delay"] and math.isfinite(s["delay"])]
+    return [math.log(s["delay"] / s["truth"]["eta_80"]) for s in known]
+
+
+def _beside_delay(settings, name: str) -> dict[str, Any] | None:
+    """How far below the truth delay stability lies, for "all" losses, those reported apart too, or one; None without it."""
+    logs = _logs_of_delay([s for s in settings if name in ("all", s["algorithm"])])
+    if not logs:
+        return None
+    return dict(number=len(logs), at_or_below=sum(x <= 0 for x in logs), median_ratio=math.exp(float(np.median(logs))))
 
 
 def _difference(settings, rival: str) -> dict[str, Any] | None:
