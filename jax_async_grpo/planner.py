@@ -8,7 +8,7 @@ a little beyond them the planner takes
 
 where KL(s) is the divergence of the learner from the policy of its stale rollouts at lag s, measured by short *probes* at the
 wanted S and at S_a that share a learning rate: what the optimizer itself costs and what lag costs add up. Where no KL is known,
-the drift of the parameters, √MSD(s) with MSD(s) = E‖θ_t − θ_{t−s}‖², stands in for it; it predicts worse. A *horizon run*
+the drift of the parameters, √MSD(s) with MSD(s) = E‖θ_t − θ_{t−s}‖², stands in for it, with a wider interval. A *horizon run*
 (S = 0, a high learning rate, with the step t_c at which it collapsed) gives the limit of over-optimization, η·T = η_hi·t_c,
 where the reward can be hacked. The form is this project's; it is tested by prediction on tasks it has not seen
 (docs/laws/second_prediction.md). The rule of arXiv 2607.01083, min{R_batch/(S·G_upd), R_crit/(T·G_upd)}, takes drift as

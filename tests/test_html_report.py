@@ -436,7 +436,7 @@ def test_a_training_runs_page_says_how_it_went(tmp_path):
     assert page.column("‖δ‖") == ["0.04", "0.08"] and page.column("detection limit") == ["0.0625", "0.03"]
     assert page.column("detected") == ["no", "yes"] and page.column("over the fresh gradient") == ["–", "0.125"]
     assert page.column("standard error") == ["0.0125"] * 2 and page.column("fresh gradient") == [NASTY] * 2
-    assert "Measured 2 times, told from none 1 times; over all of them ‖δ‖ is estimated as 0.125 of the fresh gradient" in page.text
+    assert "Measured 2 times, told from none 1 times; over all of them ‖δ‖ is estimated as 0.125 of" in page.text
     assert page.column("held-out reward") == ["0.25", "0.45", "0.65", "0.85"]
     assert page.column("failed samples so far") == ["0", "16", "32", "48"] and page.column("by the rule")[-1] == "collapsed"
     assert page.images == [(folder / "train.svg").read_bytes()] and (folder / "train.png").exists()

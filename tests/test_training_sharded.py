@@ -33,6 +33,7 @@ def config_of(data: int, fsdp: int) -> dict:
     config.num_updates, config.num_heldout = NUM_UPDATES, 6  # what eight devices do not divide
     config.warm_start.num_prompts = 16
     config.evaluation.every = config.checkpoint.every = config.bias.every = SAVED_AT
+    config.bias.ess_threshold = 0.1  # so that the second measurement is reweighted
     config.checkpoint.keep_last, config.checkpoint.keep_best = 3, 0
     config.policy = "jax_async_grpo.policies.decoder"
     config.policy_options = dict(num_layers=1, width=16, num_heads=2, dtype="float64")

@@ -280,30 +280,24 @@ def _beside_delay(settings, name: str) -> dict[str, Any] | None:
 
 
 def _difference(settings, rival: str) -> dict[str, Any] | None:
-    """Median |ln error| of the planner minus the rival's; its 90 % bootstrap interval over pairs of anchors, not settings."""
+    """Median |ln error| of the planner minus the rival's; its 90 % bootstrap interval over tasks, as losses share anchors."""
     usable = [s for s in settings if s["truth"]["status"] == "found" and s["rules"]]
     if not usable:
         return None
-    names = sorted({(s["world"], s["algorithm"]) for s in usable})
-    errors = {
-        name: np.array(
-            [
-                [abs(math.log(s["rules"][rule] / s["truth"]["eta_80"])) for rule in ("planner", rival)]
-                for s in usable
-                if (s["world"], s["algorithm"]) == name
-            ]
-        )
-        for name in names
-    }
+    errors: dict[str, list[list[float]]] = {}
+    for s in usable:
+        of_rules = [abs(math.log(s["rules"][rule] / s["truth"]["eta_80"])) for rule in ("planner", rival)]
+        errors.setdefault(s["world"], []).append(of_rules)
+    worlds = list(errors)
 
     def difference(chosen) -> float:
-        mine, other = np.median(np.concatenate([errors[names[k]] for k in chosen]), axis=0)
+        mine, other = np.median(np.concatenate([errors[worlds[k]] for k in chosen]), axis=0)
         return float(mine - other)
 
     rng = np.random.default_rng(0)
-    draws = [difference(rng.integers(0, len(names), len(names))) for _ in range(_NUM_BOOTSTRAP)]
+    draws = [difference(rng.integers(0, len(worlds), len(worlds))) for _ in range(_NUM_BOOTSTRAP)]
     low, high = np.quantile(draws, [0.05, 0.95]).tolist()
-    return dict(value=difference(range(len(names))), interval=[low, high], groups=len(names))
+    return dict(value=difference(range(len(worlds))), interval=[low, high], groups=len(worlds))
 
 
 def _statuses(settings) -> list[dict[str, Any]]:

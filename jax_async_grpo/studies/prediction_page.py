@@ -32,7 +32,8 @@ _WORDS = {
 _UNSEEN = (
     "The rule (√KL of two probes as the drift), its model error, the constant behind the estimate without anchors and all "
     "criteria were fixed before these runs, on [a first set](prediction.md) of other tasks and seeds, which had rejected the "
-    "drift of parameters. Two of every three S wanted lie beyond that of the larger anchor, one between the anchors."
+    "drift of parameters. Two of every three S wanted lie beyond that of the larger anchor, one between the anchors. "
+    "Without anchors the planner's standard error was 0.75 nats before the runs, and is 2.2 since, from these errors."
 )
 
 
@@ -170,7 +171,7 @@ def _about_differences(summary) -> str:
         return "No setting has a number for the planner and its rivals."
     groups = next(d["groups"] for d in summary["differences"].values() if d is not None)
     return (
-        f"Median error of the planner minus that of a rival, with 90 % bootstrap intervals over the {groups} pairs of anchors: "
+        f"Median error of the planner minus that of a rival, with 90 % bootstrap intervals over the {groups} tasks: "
         f"{'; '.join(said)}. Where the interval holds 0 the two cannot be told apart here; the criteria above are about the "
         "numbers themselves, as they were declared."
     )
