@@ -2,7 +2,8 @@
 
     python -m launch.train --config=configs/train_arithmetic.py --workdir=runs/train_arithmetic
 
-TIMES. `--config.staleness.max=0` is the synchronous control. Behavior is named by dotted names, your own included.
+takes about four minutes on two cores; held-out reward goes from 0.34 to 0.98 or more. `--config.staleness.max=0` is the
+synchronous control. Behavior is named by dotted names, your own included.
 """
 
 from __future__ import annotations
