@@ -21,7 +21,7 @@ import numpy as np
 from jax_async_grpo import records
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_UPDATES, SEED = 400, 0
+NUM_UPDATES, SEED = 120, 0
 
 
 def start(folder: Path) -> subprocess.Popen:
