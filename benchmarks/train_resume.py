@@ -18,10 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jax_async_grpo import records
+from jax_async_grpo.checkpoint_files import read_manifest
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_UPDATES, SEED = 120, 0
+NUM_UPDATES, SEED = 60, 0
 
 
 def start(folder: Path) -> subprocess.Popen:
@@ -50,7 +50,7 @@ def killed(folder: Path, delay: float) -> str:
 def leaves(folder: Path) -> dict[str, bytes]:
     """The newest checkpoint's files of numbers, by name."""
     newest = max((folder / "checkpoints").glob("step_*"))
-    content = records.read_json(newest / "checkpoint.json")
+    content = read_manifest(newest)
     return {"host": repr(content["host"]).encode(), **_arrays(newest)}
 
 
