@@ -28,6 +28,7 @@ __all__ = [
     "estimate",
     "from_gram",
     "gram_matrices",
+    "prompt_coupling",
     "reweighted_gradient",
 ]
 
@@ -215,25 +216,40 @@ def reweighted_gradient(
       rollouts: of b prompts, drawn from φ.
 
     Returns:
-      (a pytree like θ, by how much the loss misses being a mean over prompts: the largest difference of the two derivatives in
-      a log-prob, over the largest derivative; 0 is none).
+      (a pytree like θ, `prompt_coupling` of the loss here).
     """
-
-    def of_prompts(logprobs, groups):
-        return jax.vmap(lambda row, group: loss(row[None], jax.tree.map(lambda leaf: leaf[None], group)))(logprobs, groups)
 
     def objective(learner):
         logprobs = _logprobs_of(token_logprobs, learner, rollouts)
         detached = jax.lax.stop_gradient(logprobs)
         own = dataclasses.replace(rollouts, behavior_logprobs=jnp.where(rollouts.mask, detached, 0))
         weights = jnp.exp(_group_log_weights(detached, rollouts))
-        return jnp.mean(weights * of_prompts(logprobs, own)), logprobs
+        return jnp.mean(weights * _of_prompts(loss, logprobs, own)), logprobs
 
     gradient, logprobs = jax.grad(objective, has_aux=True)(params)
+    return gradient, prompt_coupling(loss, logprobs, rollouts)
+
+
+def prompt_coupling(loss: Callable, logprobs: jax.Array, rollouts: Rollouts) -> jax.Array:
+    """By how much a loss misses being the mean of its prompts': groups of one that does can be reweighted one by one.
+
+    Args:
+      loss: of `estimate`.
+      logprobs: [b, G, L] log π_θ, nats.
+      rollouts: of b prompts.
+
+    Returns:
+      scalar, the largest difference of the two derivatives in a log-prob, over the largest derivative; 0 is none.
+    """
     whole = jax.grad(lambda rows: loss(rows, rollouts))(logprobs)
-    apart = jax.grad(lambda rows: jnp.mean(of_prompts(rows, rollouts)))(logprobs)
+    apart = jax.grad(lambda rows: jnp.mean(_of_prompts(loss, rows, rollouts)))(logprobs)
     largest = jnp.max(jnp.abs(whole))
-    return gradient, jnp.where(largest > 0, jnp.max(jnp.abs(whole - apart)) / largest, jnp.max(jnp.abs(apart)))
+    return jnp.where(largest > 0, jnp.max(jnp.abs(whole - apart)) / largest, jnp.max(jnp.abs(apart)))
+
+
+def _of_prompts(loss: Callable, logprobs: jax.Array, rollouts: Rollouts) -> jax.Array:
+    """[b], the loss of every prompt's group alone."""
+    return jax.vmap(lambda row, group: loss(row[None], jax.tree.map(lambda leaf: leaf[None], group)))(logprobs, rollouts)
 
 
 def gram_matrices(of_block: Callable[[int], tuple[Params, ...]], num_blocks: int, *, kept_blocks: int) -> np.ndarray:

@@ -21,19 +21,15 @@ flags.adopt_module_key_flags(command_line)  # --help shows them
 
 def main() -> int:
     config = command_line.config_of_job("configs/train_arithmetic.py", job="train")
-    training.validate(config)
+    job = training.build(config)  # before the workdir, which would keep a config that cannot run
     if command_line.DRY_RUN.value:
-        job = training.build(config)
         print(training.describe(job, *training.sizes(job)))
         return 0
     folder = Path(command_line.WORKDIR.value)
     with workdir_lock.workdir_lock(folder), training_monitor.stop_signals() as stop:
-        workdir = records.open_workdir(
-            folder, config, overwrite=command_line.OVERWRITE.value, figures=(*training.FIGURES, "timing.json")
-        )
+        workdir = command_line.open_workdir(config, training.FIGURES)
         if command_line.OVERWRITE.value:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        job = training.build(config)
         print(training.describe(job, *training.sizes(job)), flush=True)
         return _train(job, workdir, stop)
 

@@ -7,6 +7,7 @@ gradient that is not finite leaves parameters and optimizer as they were; the up
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,15 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_async_grpo import metrics
-from jax_async_grpo.head import policy_loss
+from jax_async_grpo import metrics, surrogate
+from jax_async_grpo.head import policy_loss, token_logprobs
 from jax_async_grpo.masked import masked_mean
 from jax_async_grpo.policies import completion_hidden
 from jax_async_grpo.separability import named_parameters
 from jax_async_grpo.types import Params, Policy, Rollouts
 from jax_async_grpo.update import TrainState, create_state, update_step
 
-__all__ = ["Batch", "Learner", "LearnerState", "SkipState", "init_state", "learner_step", "skip_non_finite"]
+__all__ = ["Batch", "Learner", "LearnerState", "SkipState", "init_state", "lean_logprobs", "learner_step", "skip_non_finite"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,15 @@ class Learner:
     chunk_size: int | None = None
     epsilons: tuple[float, float] | None = None
     max_staleness: int = 0
+
+    def objective(self) -> Callable[[jax.Array, Rollouts], jax.Array]:
+        """(log π_θ, rollouts) -> L̂ with the recorded log-probs as the denominator; a new function object each time."""
+        return functools.partial(
+            surrogate.sampled_objective,
+            loss_fn=self.loss_fn,
+            advantage_fn=self.advantage_fn,
+            aggregation_fn=self.aggregation_fn,
+        )
 
 
 class LearnerState(NamedTuple):
@@ -150,6 +160,14 @@ class SkipState(NamedTuple):
 
     inner: optax.OptState
     is_finite: jax.Array
+
+
+def lean_logprobs(
+    policy: Policy, params: Params, prompts: jax.Array, completions: jax.Array, mask: jax.Array, prompt_mask: jax.Array
+) -> jax.Array:
+    """`policies.token_logprobs` without the logits of all tokens: [B, G, L] nats, 0 where the mask is False."""
+    hidden = completion_hidden(policy, params, prompts, completions, mask, prompt_mask=prompt_mask)
+    return token_logprobs(hidden, policy.unembed(params), completions, mask)
 
 
 def skip_non_finite(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

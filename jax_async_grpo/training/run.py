@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_async_grpo import estimation, head, metrics, policies, records, scaling, staleness, surrogate
+from jax_async_grpo import estimation, metrics, records, scaling, staleness
 from jax_async_grpo.checkpoint import Checkpoints
 from jax_async_grpo.tasks.verification import FAILURES
 from jax_async_grpo.training import pending as pending_lib
-from jax_async_grpo.training.learner import Batch, LearnerState, init_state, learner_step
+from jax_async_grpo.training.learner import Batch, LearnerState, init_state, lean_logprobs, learner_step
 from jax_async_grpo.training.mesh import batch_sharding, history_shardings, replicated, tree_shardings
 from jax_async_grpo.training.rollouts import EVALUATION_STREAM, TRAINING_STREAM, Drawer, batch_prompts, drawer
 from jax_async_grpo.training.setup import TrainJob, learning_rate_at
@@ -108,12 +108,8 @@ class Trainer:
         self._draw_evaluation = self._drawer(evaluation["num_samples"], greedy=evaluation["greedy"])
         self._read = jax.jit(staleness.read)
         self._logprobs = jax.jit(self._token_logprobs)
-        self._loss = functools.partial(
-            surrogate.sampled_objective,
-            loss_fn=job.learner.loss_fn,
-            advantage_fn=job.learner.advantage_fn,
-            aggregation_fn=job.learner.aggregation_fn,
-        )
+        self._drift = jax.jit(metrics.drift)
+        self._objective = job.learner.objective()  # one object: `estimation` compiles for each
         self.state, self.progress = self._restored() or self._started()
         self.save()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
@@ -258,15 +254,12 @@ class Trainer:
         return self._logprobs(self._version(age), rollouts)
 
     def _token_logprobs(self, params: Params, rollouts: Rollouts) -> jax.Array:
-        policy = self.job.policy
-        hidden = policies.completion_hidden(
-            policy, params, rollouts.prompts, rollouts.completions, rollouts.mask, prompt_mask=rollouts.prompt_mask
-        )
-        return head.token_logprobs(hidden, policy.unembed(params), rollouts.completions, rollouts.mask)
+        r = rollouts
+        return lean_logprobs(self.job.policy, params, r.prompts, r.completions, r.mask, r.prompt_mask)
 
     def _of_behavior(self, behavior: Params, rollouts: Rollouts) -> dict[str, float]:
         """‖θ − φ‖, and at evaluations how far recomputed log-probs are from the recorded ones."""
-        found = {"drift/from_behavior": metrics.drift(self.state.train.params, behavior)["drift/from_behavior"]}
+        found = {"drift/from_behavior": self._drift(self.state.train.params, behavior)["drift/from_behavior"]}
         if self.progress.step % self.job.config["evaluation"]["every"] == 0:
             recomputed = self._logprobs(behavior, rollouts)
             found |= metrics.logprob_mismatch(rollouts.behavior_logprobs, recomputed, rollouts.mask)
@@ -326,7 +319,7 @@ class Trainer:
         found = estimation.estimate(
             self._logprobs,
             sample,
-            self._loss,
+            self._objective,
             self.state.train.params,
             behavior,
             self._prompts(batch),

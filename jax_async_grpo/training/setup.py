@@ -18,20 +18,21 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jax_async_grpo import corrections, records
+from jax_async_grpo import corrections, estimation, records
 from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, check_rule, first_line, resolve
 from jax_async_grpo.separability import check_coupling, named_parameters
 from jax_async_grpo.tasks import TextTask, Verifiers, load_tokenizer
 from jax_async_grpo.training.lag import LagPlan, make_lag_plan
 from jax_async_grpo.training.learner import Learner
 from jax_async_grpo.training.mesh import make_mesh
-from jax_async_grpo.types import Policy
+from jax_async_grpo.types import Policy, Rollouts
 
 __all__ = ["DENOMINATORS", "REPLAYS", "TrainJob", "build", "describe", "learning_rate_at", "validate"]
 
 REPLAYS = ("params", "rollouts")
 DENOMINATORS = ("recorded", "recomputed", "learner")
 PRECISIONS = ("float32", "float64")
+_COUPLING_TOLERANCE = 1e-4  # below what `estimation` refuses
 _TOP_KEYS = (
     "seed precision num_updates num_prompts group_size updates_per_batch accumulation_steps staleness replay ring loss "
     "loss_options correction correction_options denominator advantage advantage_options aggregation aggregation_options "
@@ -363,24 +364,21 @@ def _coupling(loss_fn: Callable, loss_inputs: tuple[str, ...]) -> str:
 
 
 def _is_separable(learner: Learner, group_size: int) -> bool:
-    """Tried on prompts with completions of unequal lengths: whole against mean of parts, by the derivatives in log-probs."""
+    """Tried on prompts with completions of unequal lengths."""
     rng = np.random.default_rng(0)
     mask = np.arange(4) < rng.integers(1, 5, (6, group_size, 1))
     logprobs, behavior = (jnp.asarray(np.where(mask, -rng.random(mask.shape), 0), jnp.float32) for _ in range(2))
-    rewards = jnp.asarray(rng.random(mask.shape[:2]), jnp.float32)
-    known = {"behavior_logprobs"} & set(named_parameters(learner.loss_fn))
-
-    def of(logprobs, behavior, rewards, mask):
-        inputs = {name: behavior for name in known}
-        return learner.aggregation_fn(
-            learner.loss_fn(logprobs, behavior, learner.advantage_fn(rewards), mask, **inputs), mask
-        ).mean()
-
-    def of_parts(logprobs, *others):
-        return jnp.mean(jax.vmap(lambda *row: of(*(leaf[None] for leaf in row)))(logprobs, *others))
-
-    whole, parts = (jax.grad(function)(logprobs, behavior, rewards, jnp.asarray(mask)) for function in (of, of_parts))
-    return bool(jnp.max(jnp.abs(whole - parts)) <= 1e-4 * jnp.max(jnp.abs(whole)))
+    prompts = jnp.zeros((len(mask), 1), jnp.int32)
+    rollouts = Rollouts(
+        prompts=prompts,
+        prompt_mask=prompts == 0,
+        completions=jnp.zeros(mask.shape, jnp.int32),
+        mask=jnp.asarray(mask),
+        behavior_logprobs=behavior,
+        rewards=jnp.asarray(rng.random(mask.shape[:2]), jnp.float32),
+        policy_version=jnp.zeros(mask.shape[:2], jnp.int32),
+    )
+    return float(estimation.prompt_coupling(learner.objective(), logprobs, rollouts)) <= _COUPLING_TOLERANCE
 
 
 def _optimizer(config: Mapping[str, Any], learning_rate) -> optax.GradientTransformation:

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jax_async_grpo import head
 from jax_async_grpo.masked import masked_mean
-from jax_async_grpo.policies import completion_hidden
 from jax_async_grpo.tasks import TextTask
+from jax_async_grpo.training.learner import lean_logprobs
 from jax_async_grpo.training.rollouts import WARM_START_STREAM, batch_prompts
 from jax_async_grpo.types import Params, Policy
 
@@ -64,8 +63,8 @@ def supervised(
     optimizer = optax.adam(learning_rate)
 
     def loss(params, prompts, prompt_mask, targets, mask):
-        hidden = completion_hidden(policy, params, prompts, targets[:, None], mask[:, None], prompt_mask=prompt_mask)
-        return -masked_mean(head.token_logprobs(hidden, policy.unembed(params), targets[:, None], mask[:, None]), mask[:, None])
+        logprobs = lean_logprobs(policy, params, prompts, targets[:, None], mask[:, None], prompt_mask)
+        return -masked_mean(logprobs, mask[:, None])
 
     def step(params, opt_state, *batch):
         updates, opt_state = optimizer.update(jax.grad(loss)(params, *batch), opt_state, params)
