@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_async_grpo import policies, sampling
+from jax_async_grpo import sampling
+from parity import llama
 
-VOCABULARY, WIDTH, LAYERS, HEADS, MLP_WIDTH = 32_000, 256, 4, 4, 688
-ROPE_BASE, EPSILON = 1e6, 1e-6  # the base of tunix, whose attention takes no other
+SIZES = llama.Sizes()
 ROWS, PROMPT_LENGTH, LENGTH = 32, 32, 128
 REQUIRED = {"tunix": 1.3, "hugging face": 2.0}
-PAD, NEVER = 0, VOCABULARY + 7  # an end token that no row draws
+PAD, NEVER = 0, SIZES.vocab_size + 7  # an end token that no row draws
 MIN_AGREEMENT = 0.99  # of rows, token for token: in float32 a near tie may part two orders of the same sums
 
 
@@ -39,11 +39,11 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help="leave the peers out")
     options = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
-    policy = make_policy()
+    policy = llama.decoder(SIZES)
     params = jax.jit(policy.init)(jax.random.key(0))
-    prompts = np.random.default_rng(0).integers(1, VOCABULARY, (ROWS, PROMPT_LENGTH), dtype=np.int32)
+    prompts = np.random.default_rng(0).integers(1, SIZES.vocab_size, (ROWS, PROMPT_LENGTH), dtype=np.int32)
     cache = "with a cache" if policy.init_cache is not None else "WITHOUT a cache: every step reads all of every row"
-    print(f"{ROWS} rows x {LENGTH} tokens, V = {VOCABULARY}; this decoder is {cache}")
+    print(f"{ROWS} rows x {LENGTH} tokens, V = {SIZES.vocab_size}; this decoder is {cache}")
     runs = {"greedy": ours(policy, params, prompts, greedy=True), "sampled": ours(policy, params, prompts)}
     for name, module, make in (("tunix", "tunix", tunix_run), ("hugging face", "transformers", hugging_face_run)):
         if options.alone or importlib.util.find_spec(module) is None:
@@ -53,19 +53,6 @@ def main() -> int:
     return 0 if compare(runs, options.repetitions) else 1
 
 
-def make_policy():
-    """The decoder that all of them run."""
-    return policies.decoder(
-        VOCABULARY,
-        num_layers=LAYERS,
-        width=WIDTH,
-        num_heads=HEADS,
-        mlp_width=MLP_WIDTH,
-        rope_base=ROPE_BASE,
-        norm_epsilon=EPSILON,
-    )
-
-
 def ours(policy, params, prompts, **options) -> Callable[[], np.ndarray]:
     """generate, one completion a prompt."""
     draw = functools.partial(sampling.generate, policy, group_size=1, max_length=LENGTH, pad_token=PAD, **options)
@@ -73,41 +60,11 @@ def ours(policy, params, prompts, **options) -> Callable[[], np.ndarray]:
     return lambda: np.asarray(draw(params, prompts, jnp.ones(prompts.shape, bool), key).completions[:, 0])
 
 
-def llama_weights(params) -> dict[str, np.ndarray]:
-    """The weights by Hugging Face's names, [out, in], from the flat layout of `policies.decoder`.
-
-    Its heads stand one after the other and turn the pairs (i, i + size/2), as Llama's do in Hugging Face's layout.
-    """
-    weights = {"model.embed_tokens.weight": params["embedding"], "lm_head.weight": params["unembedding"]}
-    weights["model.norm.weight"] = params["final_norm"]["scale"]
-    for layer in range(LAYERS):
-        attention, mlp, prefix = params[f"attention_{layer}"], params[f"mlp_{layer}"], f"model.layers.{layer}."
-        key, value = np.split(np.asarray(attention["key_value"]), 2)
-        gate, up = np.split(np.asarray(mlp["gate_up"]), 2)
-        of_layer = {"self_attn.q_proj": attention["query"], "self_attn.k_proj": key, "self_attn.v_proj": value}
-        of_layer |= {
-            "self_attn.o_proj": attention["out"],
-            "mlp.gate_proj": gate,
-            "mlp.up_proj": up,
-            "mlp.down_proj": mlp["down"],
-        }
-        of_layer |= {"input_layernorm": params[f"attention_norm_{layer}"]["scale"]}
-        of_layer |= {"post_attention_layernorm": params[f"mlp_norm_{layer}"]["scale"]}
-        weights |= {f"{prefix}{name}.weight": array for name, array in of_layer.items()}
-    return {name: np.array(array, np.float32) for name, array in weights.items()}
-
-
 def hugging_face_run(params, prompts) -> Callable[[], np.ndarray]:
     """LlamaForCausalLM.generate with its default cache."""
     import torch
-    import transformers
 
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_hidden_layers=LAYERS)
-    config = transformers.LlamaConfig(
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, rms_norm_eps=EPSILON, rope_theta=ROPE_BASE, **sizes
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    model.load_state_dict({name: torch.from_numpy(array) for name, array in llama_weights(params).items()}, strict=True)
+    model = llama.hugging_face_llama(params, SIZES)
     tokens = torch.from_numpy(prompts.astype(np.int64))
     length = dict(max_new_tokens=LENGTH, min_new_tokens=LENGTH, pad_token_id=PAD, eos_token_id=None)
 
@@ -140,42 +97,11 @@ class Numbers:
 
 def tunix_run(params, prompts) -> Callable[[], np.ndarray]:
     """tunix's own Llama in tunix's Sampler."""
-    from flax import nnx
     from tunix.generate import sampler as tunix_sampler
-    from tunix.models.llama3 import model as llama3
 
-    size = WIDTH // HEADS
-    heads = dict(num_heads=HEADS, num_kv_heads=HEADS, head_dim=size)
-    config = llama3.ModelConfig(
-        num_layers=LAYERS, vocab_size=VOCABULARY, embed_dim=WIDTH, hidden_dim=MLP_WIDTH, norm_eps=EPSILON, **heads,
-        rope_theta=int(ROPE_BASE),
-    )  # fmt: skip
-    model = llama3.Llama3(config, rngs=nnx.Rngs(0))
-    weights = llama_weights(params)
-
-    def fill(variable, name, convert):
-        array = jnp.asarray(convert(weights[name]))
-        assert variable.value.shape == array.shape, (name, variable.value.shape, array.shape)
-        variable.value = array
-
-    fill(model.embedder.input_embedding, "model.embed_tokens.weight", lambda w: w)
-    fill(model.lm_head.w, "lm_head.weight", lambda w: w.T)
-    fill(model.final_norm.w, "model.norm.weight", lambda w: w)
-    for index, layer in enumerate(model.layers):
-        prefix = f"model.layers.{index}."
-        for name in ("q_proj", "k_proj", "v_proj"):  # [D, heads, size], or [heads, D, size] in older versions
-            variable = getattr(layer.attn, name).w
-            by_head = lambda w, first=variable.value.shape[0] == HEADS: (  # noqa: E731
-                w.reshape(HEADS, size, WIDTH).transpose((0, 2, 1) if first else (2, 0, 1))
-            )
-            fill(variable, f"{prefix}self_attn.{name}.weight", by_head)
-        fill(layer.attn.o_proj.w, f"{prefix}self_attn.o_proj.weight", lambda w: w.T.reshape(HEADS, size, WIDTH))
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            fill(getattr(layer.mlp, name).kernel, f"{prefix}mlp.{name}.weight", lambda w: w.T)
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            fill(getattr(layer, name).w, f"{prefix}{name}.weight", lambda w: w)
-    cache = tunix_sampler.CacheConfig(cache_size=PROMPT_LENGTH + LENGTH, num_layers=LAYERS, num_kv_heads=HEADS, head_dim=size)
-    sampler = tunix_sampler.Sampler(model, Numbers(), cache)
+    kept = dict(num_layers=SIZES.num_layers, num_kv_heads=SIZES.num_heads, head_dim=SIZES.width // SIZES.num_heads)
+    cache = tunix_sampler.CacheConfig(cache_size=PROMPT_LENGTH + LENGTH, **kept)
+    sampler = tunix_sampler.Sampler(llama.tunix_llama(params, SIZES), Numbers(), cache)
     texts = [" ".join(map(str, row)) for row in prompts]
 
     def run():
