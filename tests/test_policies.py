@@ -728,3 +728,12 @@ def test_examples_run(module):
     names = {"jax": jax, "jnp": jnp, "np": np, **{n: getattr(policies, n) for n in policies.__all__}}
     result = doctest.testmod(sys.modules[name], extraglobs=names)
     assert result.attempted > 0 and result.failed == 0
+
+
+def test_logits_of_bfloat16_are_not_rounded_again():
+    keys = jax.random.split(jax.random.key(0))
+    hidden, unembed = (jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, ((3, 64), (64, 5)), strict=True))
+    exact = np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64)
+    logits = policies.logits_of(hidden, unembed)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, exact, rtol=0, atol=1e-4)  # one rounding to bfloat16 is 0.03

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jax_async_grpo.policies.adapters import from_logits, from_nnx
 from jax_async_grpo.policies.decoder import decoder
 from jax_async_grpo.policies.features import linear, mlp, tabular
-from jax_async_grpo.policies.logprobs import completion_hidden, completion_logprobs, token_logprobs
+from jax_async_grpo.policies.logprobs import completion_hidden, completion_logprobs, logits_of, token_logprobs
 from jax_async_grpo.policies.visibility import visibility
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "from_logits",
     "from_nnx",
     "linear",
+    "logits_of",
     "mlp",
     "tabular",
     "token_logprobs",

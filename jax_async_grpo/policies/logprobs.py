@@ -10,7 +10,7 @@ from jax_async_grpo.policies.prefix_tree import PrefixTree, prefix_tree
 from jax_async_grpo.policies.visibility import visibility
 from jax_async_grpo.types import Params, Policy
 
-__all__ = ["completion_hidden", "completion_logprobs", "token_logprobs"]
+__all__ = ["completion_hidden", "completion_logprobs", "logits_of", "token_logprobs"]
 
 
 def token_logprobs(
@@ -224,11 +224,19 @@ def _path_hidden(policy: Policy, params: Params, prompts, prompt_valid, tree: Pr
     return hidden[:, tree.row, np.concatenate([[0], tree.depth])]
 
 
+def logits_of(hidden: jax.Array, unembed) -> jax.Array:
+    """hidden[..., D] @ unembed -> [..., V] in float32 or wider: a sum of bfloat16 products is not rounded before it is used."""
+    if not isinstance(unembed, jax.Array):  # of a policy whose hidden states are logits
+        return (hidden @ unembed).astype(jnp.promote_types(hidden.dtype, jnp.float32))
+    wide = jnp.promote_types(jnp.promote_types(hidden.dtype, unembed.dtype), jnp.float32)
+    return jnp.matmul(hidden, unembed, preferred_element_type=wide)
+
+
 def _logits(policy: Policy, params: Params, hidden: jax.Array, allowed) -> jax.Array:
-    logits = hidden @ policy.unembed(params)
+    logits = logits_of(hidden, policy.unembed(params))
     if allowed is not None and allowed.shape[-1] != logits.shape[-1]:
         raise ValueError(f"allowed has {allowed.shape[-1]} tokens (axis 1), the policy has V = {logits.shape[-1]}")
-    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    return logits
 
 
 def _check_prompts(prompts, prompt_mask):

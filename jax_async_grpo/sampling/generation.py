@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_async_grpo.policies import logits_of
 from jax_async_grpo.sampling.choice import choose, log_prob_of, most_probable, sampling_logits
 from jax_async_grpo.sampling.noise import completion_keys, exponential_noise
 from jax_async_grpo.sampling.readers import make_reader
@@ -122,8 +123,7 @@ def generate(
     changed = top_k is not None or top_p is not None or not _is_one(temperature)
 
     def draw(hidden: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = hidden @ unembed
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+        logits = logits_of(hidden, unembed)
         if allowed is not None:
             _check_vocabulary(allowed, logits)
             logits = jnp.where(allowed[length], logits, -jnp.inf)
