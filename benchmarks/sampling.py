@@ -12,7 +12,6 @@ of the ratios within a repetition); the exit code says so. Where a peer is not i
 from __future__ import annotations
 
 import argparse
-import functools
 import importlib.util
 import statistics
 import sys
@@ -54,10 +53,11 @@ def main() -> int:
 
 
 def ours(policy, params, prompts, **options) -> Callable[[], np.ndarray]:
-    """generate, one completion a prompt."""
-    draw = functools.partial(sampling.generate, policy, group_size=1, max_length=LENGTH, pad_token=PAD, **options)
-    draw, key, prompts = jax.jit(draw), jax.random.key(1), jnp.asarray(prompts)
-    return lambda: np.asarray(draw(params, prompts, jnp.ones(prompts.shape, bool), key).completions[:, 0])
+    """generate, one completion a prompt; tokens alone, as the peers return them."""
+    options |= dict(group_size=1, max_length=LENGTH, pad_token=PAD)
+    draw = jax.jit(lambda *given: sampling.generate(policy, *given, **options).completions[:, 0])
+    key, prompts = jax.random.key(1), jnp.asarray(prompts)
+    return lambda: np.asarray(draw(params, prompts, jnp.ones(prompts.shape, bool), key))
 
 
 def hugging_face_run(params, prompts) -> Callable[[], np.ndarray]:
