@@ -195,6 +195,16 @@ def test_reuse_and_old_denominators_go_on_within_a_batch(tmp_path):
     assert updates[3]["pg_clipfrac"] == 0 and abs(updates[3]["off_policy/kl"]) > 0  # fresh denominator, old rollouts
 
 
+def test_a_batch_in_reuse_is_kept_where_the_ring_rounds_what_drew_it(tmp_path):
+    """Drawn from the learner itself at its first update, it could only be drawn again from the ring's rounded copy."""
+    changes = dict(staleness__max=0, updates_per_batch=3, ring__dtype="bfloat16", optimizer__learning_rate=0.3)
+    config = tiny_config(**changes, num_updates=3, evaluation__every=9)
+    one = trained(tmp_path / "whole", config)
+    trained(tmp_path / "parts", config, stop_at=1)
+    two = trained(tmp_path / "parts", config)
+    assert bits(one.state) == bits(two.state) and metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+
+
 def test_a_finished_run_stays_as_it_is(whole):
     folder, config, trainer = whole
     before = metrics_of(folder)

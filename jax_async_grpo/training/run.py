@@ -102,7 +102,6 @@ class Trainer:
         self._rows: list[dict[str, Any]] = []
         self.pending: dict[int, dict[str, np.ndarray]] = {}
         self._saved: int | None = None  # the step of the last checkpoint
-        self._kept: tuple[int, Rollouts] | None = None  # the batch in use, where it is reused
         self._draw = self._drawer(config["group_size"], **config["sampling"])
         evaluation = config["evaluation"]
         self._draw_evaluation = self._drawer(evaluation["num_samples"], greedy=evaluation["greedy"])
@@ -199,19 +198,19 @@ class Trainer:
         return self._read(self.state.train.history, jnp.int32(age))[0] if age else self.state.train.params
 
     def _rollouts_of(self, batch: int, behavior: Params | None) -> Rollouts:
-        """Of the batch: kept from the update before, drawn from the ring's version, or pending."""
-        if self._kept is not None and self._kept[0] == batch:
-            return self._kept[1]
-        if behavior is not None:
-            rollouts = self._drawn(batch, behavior)
-        else:
-            for ahead in self.job.lag.generated_at(self.progress.step):
-                self.pending[ahead] = pending_lib.fields_of(self._drawn(ahead, self.state.train.params))
-            rollouts = self._placed(batch, self.pending[batch])
-            if self.job.lag.first_step(batch + 1) == self.progress.step + 1:
-                del self.pending[batch]
-        self._kept = (batch, rollouts) if self.job.lag.updates_per_batch > 1 and behavior is not None else None
-        return rollouts
+        """Of the batch: drawn from the ring's version, or pending; a reused batch waits between its updates, and is saved.
+
+        Drawn again it would be another one where the ring rounds: it may come from the learner's own parameters.
+        """
+        lag, step = self.job.lag, self.progress.step
+        if behavior is not None and lag.updates_per_batch == 1:
+            return self._drawn(batch, behavior)
+        for ahead in lag.generated_at(step) if behavior is None else [batch]:
+            if ahead not in self.pending:
+                drawn = self._drawn(ahead, self.state.train.params if behavior is None else behavior)
+                self.pending[ahead] = pending_lib.fields_of(drawn)
+        is_last_use = lag.first_step(batch + 1) == step + 1
+        return self._placed(batch, self.pending.pop(batch) if is_last_use else self.pending[batch])
 
     def _drawn(self, batch: int, behavior: Params) -> Rollouts:
         rows, ids = self._prompts(batch)
@@ -225,10 +224,8 @@ class Trainer:
             stream=TRAINING_STREAM,
             put=self._put,
         )
-        # A run that goes on within a reused batch draws it again.
-        if self.job.config["replay"] == "rollouts" or self.progress.step == self.job.lag.first_step(batch):
-            for reason, number in scores.reasons.items():
-                self.progress.failed_samples[reason] += number
+        for reason, number in scores.reasons.items():
+            self.progress.failed_samples[reason] += number
         return rollouts
 
     def _placed(self, batch: int, fields: dict[str, np.ndarray]) -> Rollouts:
@@ -421,7 +418,7 @@ class Trainer:
         return pending_lib.pack(self.pending, self._num_pending(), shape, dtype)
 
     def _num_pending(self) -> int:
-        """Slots for rollouts that wait; one, unused, where parameters are replayed."""
+        """Slots for rollouts that wait; one, for a batch in reuse, where parameters are replayed."""
         return max(1, self.job.lag.max_pending) if self.job.config["replay"] == "rollouts" else 1
 
     def _write(self, row: dict[str, Any]) -> None:
