@@ -164,6 +164,19 @@ def test_verifiers_that_fail_are_counted_and_the_run_goes_on(tmp_path):
     assert failed["raised"] > 0 and failed["not_finite"] > 0
 
 
+def hanging_task(**options):
+    """A digit sum that is never scored in time."""
+    task = digit_text(**options)
+    object.__setattr__(task, "verify", lambda row, text: time.sleep(2.0))
+    return task
+
+
+def test_verifiers_that_all_hang_end_the_run_in_one_line(tmp_path):
+    change = ["--config.task=tests.test_launch_train.hanging_task", "--config.verifier.time_limit=0.01"]
+    code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}", *change)
+    assert code == 2 and error.startswith("error: 17 verifications") and error.count("\n") == 1
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     """The third save fails; the same command goes on from the second when there is room again."""
     saved, inner = [], Checkpoints.save
