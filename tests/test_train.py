@@ -288,6 +288,12 @@ def bad_loss(logprobs, old_logprobs, advantages, mask=None):
     return jnp.where(moved, jnp.nan, 1.0) * losses.importance_sampling(logprobs, old_logprobs, advantages, mask)
 
 
+def test_an_optimizer_that_keeps_a_key_is_refused_before_anything_is_compiled():
+    noise = (("optax.add_noise", {"eta": 0.1, "gamma": 0.5, "key": 0}),)
+    with pytest.raises(ValueError, match="config.optimizer keeps a PRNG key .* checkpoints cannot hold"):
+        training.build(tiny_config(optimizer__before=noise))
+
+
 def test_too_many_bad_updates_end_a_run_and_keep_the_last_good_checkpoint(tmp_path):
     config = tiny_config(staleness__max=2, loss="tests.test_train.bad_loss", max_bad_updates=2, checkpoint__every=1)
     with pytest.raises(training.BadUpdates, match="2 updates in a row, up to step 2, .* last good checkpoint is of step 1"):
