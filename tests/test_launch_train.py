@@ -181,6 +181,12 @@ def test_verifiers_that_all_hang_end_the_run_in_one_line(tmp_path):
     assert code == 2 and error.startswith("error: 17 verifications") and error.count("\n") == 1
 
 
+def test_a_warm_start_that_diverges_says_so(tmp_path):
+    change = ["--config.warm_start.learning_rate=1e38", "--config.warm_start.num_updates=3"]
+    code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}", *change)
+    assert code == 2 and "not finite after 3 updates: lower config.warm_start.learning_rate" in error
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     """The third save fails; the same command goes on from the second when there is room again."""
     saved, inner = [], Checkpoints.save

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_async_grpo import losses, policies, records, staleness, training
+from jax_async_grpo import losses, policies, records, staleness, tasks, training
 from jax_async_grpo.advantages import group_normalized
 from jax_async_grpo.aggregation import token_mean
 from jax_async_grpo.checkpoint import Checkpoints
@@ -286,6 +286,21 @@ def bad_loss(logprobs, old_logprobs, advantages, mask=None):
     """NaN once the learner has moved away from its rollouts, i.e. from the second update on under lag."""
     moved = jnp.max(jnp.abs(logprobs - old_logprobs)) > 1e-4
     return jnp.where(moved, jnp.nan, 1.0) * losses.importance_sampling(logprobs, old_logprobs, advantages, mask)
+
+
+def punishing_task():
+    """Digit sums whose rewards are all negative."""
+    task = tasks.digit_text(num_prompts=24, num_digits=2, base=3)
+    object.__setattr__(task, "verify", lambda row, text: -1.0 - row)
+    return task
+
+
+def test_negative_rewards_are_trained_on_and_not_judged(tmp_path):
+    """A collapse is a share of a peak; once there were evaluations enough to look for one, the run ended."""
+    changes = dict(task="tests.test_train.punishing_task", task_options={}, evaluation__every=1, num_updates=4)
+    trained(tmp_path / "run", tiny_config(**changes, staleness__max=1, warm_start__num_updates=0))
+    rows = [json.loads(line) for line in metrics_of(tmp_path / "run").splitlines()]
+    assert [row["collapse/flag"] for row in rows if row["kind"] == "evaluation"] == [0] * 5
 
 
 def test_an_optimizer_that_keeps_a_key_is_refused_before_anything_is_compiled():

@@ -286,9 +286,12 @@ class Trainer:
         self._flush()
 
     def _collapse(self) -> dict[str, float | None]:
-        """Has held-out reward fallen, by the config's rule? NaN-free: the step is None where it has not."""
+        """Has held-out reward fallen, by the config's rule? NaN-free: the step is None where it has not.
+
+        The rule takes shares of a peak, which negative rewards do not have: a task with such is not judged.
+        """
         steps, rewards = zip(*self.progress.evaluations, strict=True)
-        if len(steps) <= _FEWEST_EVALUATIONS:
+        if len(steps) <= _FEWEST_EVALUATIONS or min(rewards) < 0:
             return {"collapse/flag": 0, "collapse/step": None}
         judged = scaling.classify_run(
             np.array(steps[1:]),
@@ -362,6 +365,11 @@ class Trainer:
             on_check=self._on_warm_start,
             **config["warm_start"],
         )
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(warm.params)):
+            raise ValueError(
+                f"the warm start's parameters are not finite after {warm.num_updates} updates: lower "
+                "config.warm_start.learning_rate"
+            )
         self._write({"kind": "start", "num_parameters": number, "warm_start_updates": warm.num_updates, "reward": warm.reward})
         return self._init_state(warm.params), Progress()
 
