@@ -28,9 +28,9 @@ def main() -> int:
         return 0
     folder = Path(command_line.WORKDIR.value)
     with workdir_lock.workdir_lock(folder), training_monitor.stop_signals() as stop:
+        if command_line.OVERWRITE.value and (folder / "checkpoints").exists():
+            shutil.rmtree(folder / "checkpoints")  # before the new config stands there, which they would pass for
         workdir = command_line.open_workdir(config, training.FIGURES)
-        if command_line.OVERWRITE.value:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         print(training.describe(job, *training.sizes(job)), flush=True)
         return _train(job, workdir, stop)
 

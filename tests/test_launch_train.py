@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -185,6 +186,28 @@ def test_a_warm_start_that_diverges_says_so(tmp_path):
     change = ["--config.warm_start.learning_rate=1e38", "--config.warm_start.num_updates=3"]
     code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}", *change)
     assert code == 2 and "not finite after 3 updates: lower config.warm_start.learning_rate" in error
+
+
+def test_checkpoints_go_on_with_their_own_config_and_records_alone(finished, tmp_path):
+    """Lost rows are not passed over, checkpoints whose config is gone are not taken for this one, --overwrite removes them."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for text, message in (
+        ("".join(lines[: len(lines) // 2]), "has rows of . of the 10 updates .* put the whole file back"),
+        ("", "has rows of 0 of the 10 updates"),
+        ("[1]\n" + "".join(lines), "line 1 is no record of a job; delete it, or"),
+    ):
+        (folder / "metrics.jsonl").write_text(text)
+        code, _, error = job(CONFIG, f"--workdir={folder}")
+        assert code == 2 and re.search(message, error) and error.count("\n") == 1, error
+    for name in ("metrics.jsonl", "config.json"):
+        (folder / name).unlink()
+    code, _, error = job(CONFIG, f"--workdir={folder}", "--config.seed=5")
+    assert code == 2 and "checkpoints is not of this config: pass --overwrite" in error
+    (folder / "config.json").unlink()
+    code, said, error = job(CONFIG, f"--workdir={folder}", "--config.num_updates=4", "--overwrite")
+    assert code == 0 and "update      4 of 4" in said, error
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):

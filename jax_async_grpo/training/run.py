@@ -83,7 +83,8 @@ class Trainer:
 
     Raises:
       Stopped: in the warm start, of which nothing is kept.
-      ValueError: every checkpoint of the workdir is damaged, or they are of another config.
+      ValueError: the warm start diverges; every checkpoint of the workdir is damaged, or they are of another config;
+        metrics.jsonl lacks rows from before the newest whole one.
     """
 
     def __init__(
@@ -385,11 +386,24 @@ class Trainer:
             if any(self._checkpoints.folder.glob("step_*")):
                 raise ValueError(f"every checkpoint in {self._checkpoints.folder} is damaged; move them away to start afresh")
             return None
+        if not self._workdir.resumed:  # arrays of the same shapes say nothing about the config
+            raise ValueError(f"{self._checkpoints.folder} is not of this config: pass --overwrite or another --workdir")
         self.pending = pending_lib.unpack(found.arrays["pending"])
         progress = Progress.from_plain(found.host)
-        self._workdir.truncate_rows("metrics.jsonl", lambda row: _is_before(row, progress))
+        self._cut_records(progress)
         self._saved = found.step
         return found.arrays["state"], progress
+
+    def _cut_records(self, progress: Progress) -> None:
+        """metrics.jsonl as it was when the checkpoint with this progress was taken; ValueError where it holds less."""
+        rows = self._workdir.read_metrics()
+        number = sum(row["kind"] == "update" and row["step"] < progress.step for row in rows)
+        if number < progress.step:
+            raise ValueError(
+                f"{self._workdir.path / 'metrics.jsonl'} has rows of {number} of the {progress.step} updates that the newest "
+                "checkpoint goes on from: put the whole file back, pass --overwrite or another --workdir"
+            )
+        self._workdir.truncate_rows("metrics.jsonl", lambda row: _is_before(row, progress))
 
     def _shapes(self) -> Params:
         return jax.eval_shape(self.job.policy.init, jax.random.key(0))
