@@ -602,6 +602,7 @@ BAD = {
     "no JSON": b'{"question": ',
     "no JSON: 'utf-8'": b"\xff\xfe",
     "no JSON: nested": b"[" * 100_000,
+    "'utf-8' codec can't encode": b'{"question": "half \\ud800 a pair", "answer": "#### 7"}',
     "must be a JSON object, is a list": [1],
     "has no 'question'": {"answer": "#### 7"},
     "has no 'answer'": {"question": "q"},
