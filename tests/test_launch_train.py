@@ -12,15 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
 import pytest
 from absl.testing import flagsaver
+from tensorboardX.event_file_writer import EventsWriter
 
 from jax_async_grpo import records, training, workdir_lock
 from jax_async_grpo.checkpoint import Checkpoints
 from jax_async_grpo.tasks import digit_text
+from jax_async_grpo.training import monitor
 from launch import command_line
 from launch import train as launch_train
 
@@ -227,6 +230,26 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     assert job(CONFIG, f"--workdir={tmp_path / 'run'}")[0] == 0
     whole = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in whole if row["kind"] == "update"] == list(range(10))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_tensorboard_is_an_error_and_no_standstill(tmp_path, monkeypatch):
+    """Its thread dies of the first event; rows that nobody takes must not be waited for."""
+
+    def write_event(*_):
+        raise OSError(28, "No space left on device")
+
+    job_of_it = types.SimpleNamespace(config=dict(num_prompts=1, group_size=2, num_updates=9))
+    row = {"kind": "evaluation", "step": 0} | {f"metric/{k}": 1.0 for k in range(30)}
+    with (
+        monitor.Monitor(job_of_it, records.Workdir(tmp_path, False)) as shown,
+        pytest.raises(OSError, match="is the disk full"),
+    ):
+        shown.started_at(0)
+        monkeypatch.setattr(EventsWriter, "write_event", write_event)
+        for _ in range(100):
+            shown.on_row(row | {"heldout_reward": 0.0})
+            time.sleep(0.01)
 
 
 def test_every_key_and_every_metric_is_documented(finished):
