@@ -13,6 +13,7 @@ from absl import flags
 
 from jax_async_grpo import records, training, workdir_lock
 from jax_async_grpo.checkpoint import Checkpoints
+from jax_async_grpo.tasks import HangingVerifiers
 from jax_async_grpo.training import monitor as training_monitor
 from launch import command_line
 
@@ -27,9 +28,9 @@ def main() -> int:
         return 0
     folder = Path(command_line.WORKDIR.value)
     with workdir_lock.workdir_lock(folder), training_monitor.stop_signals() as stop:
+        if command_line.OVERWRITE.value and (folder / "checkpoints").exists():
+            shutil.rmtree(folder / "checkpoints")  # before the new config stands there, which they would pass for
         workdir = command_line.open_workdir(config, training.FIGURES)
-        if command_line.OVERWRITE.value:
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         print(training.describe(job, *training.sizes(job)), flush=True)
         return _train(job, workdir, stop)
 
@@ -47,6 +48,9 @@ def _train(job: training.TrainJob, workdir: records.Workdir, stop: training_moni
         except training.BadUpdates as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
+        except HangingVerifiers as error:
+            print(f"error: {' '.join(str(error).split())}; the same command then goes on", file=sys.stderr)
+            return 2
     rows = workdir.read_metrics()
     workdir.write_summary(training.summary(rows, records.versions()))
     title = f"{job.train_task.name}, S = {job.config['staleness']['max']}, η = {job.config['optimizer']['learning_rate']:g}"

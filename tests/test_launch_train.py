@@ -7,19 +7,23 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
 import pytest
 from absl.testing import flagsaver
+from tensorboardX.event_file_writer import EventsWriter
 
 from jax_async_grpo import records, training, workdir_lock
 from jax_async_grpo.checkpoint import Checkpoints
 from jax_async_grpo.tasks import digit_text
+from jax_async_grpo.training import monitor
 from launch import command_line
 from launch import train as launch_train
 
@@ -118,6 +122,10 @@ def test_the_same_command_again_changes_nothing_and_another_config_is_refused(fi
         ("denominator=learner", "the bias is measured for recorded denominators only; take bias.every=0"),
         ("correction=jax_async_grpo.corrections.token_tis", "it would do nothing; take denominator='learner'"),
         ("sampling.temperature=0.7", "stale and fresh rollouts would differ by more than lag"),
+        ("seed=4294967296", "seed is 4294967296; it must be at most 4294967295"),
+        ("ring.memory_kind=attic", "ring.memory_kind is 'attic'; it must be '' or one of .*device"),
+        ("sampling.temperature=1e-40", "sampling.temperature is 1e-40; it must be a number >= 1e-06"),
+        ("sampling.top_p=1e-50", "sampling.top_p is 1e-50; it must be a number in "),
         ("num_heldout=20", "num_prompts is 8; there are 4 questions to train on"),
     ],
 )
@@ -164,6 +172,47 @@ def test_verifiers_that_fail_are_counted_and_the_run_goes_on(tmp_path):
     assert failed["raised"] > 0 and failed["not_finite"] > 0
 
 
+def hanging_task(**options):
+    """A digit sum that is never scored in time."""
+    task = digit_text(**options)
+    object.__setattr__(task, "verify", lambda row, text: time.sleep(2.0))
+    return task
+
+
+def test_verifiers_that_all_hang_end_the_run_in_one_line(tmp_path):
+    change = ["--config.task=tests.test_launch_train.hanging_task", "--config.verifier.time_limit=0.01"]
+    code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}", *change)
+    assert code == 2 and error.startswith("error: 17 verifications") and error.count("\n") == 1
+
+
+def test_a_warm_start_that_diverges_says_so(tmp_path):
+    change = ["--config.warm_start.learning_rate=1e38", "--config.warm_start.num_updates=3"]
+    code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}", *change)
+    assert code == 2 and "not finite after 3 updates: lower config.warm_start.learning_rate" in error
+
+
+def test_checkpoints_go_on_with_their_own_config_and_records_alone(finished, tmp_path):
+    """Lost rows are not passed over, checkpoints whose config is gone are not taken for this one, --overwrite removes them."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for text, message in (
+        ("".join(lines[: len(lines) // 2]), "has rows of . of the 10 updates .* put the whole file back"),
+        ("", "has rows of 0 of the 10 updates"),
+        ("[1]\n" + "".join(lines), "line 1 is no record of a job; delete it, or"),
+    ):
+        (folder / "metrics.jsonl").write_text(text)
+        code, _, error = job(CONFIG, f"--workdir={folder}")
+        assert code == 2 and re.search(message, error) and error.count("\n") == 1, error
+    for name in ("metrics.jsonl", "config.json"):
+        (folder / name).unlink()
+    code, _, error = job(CONFIG, f"--workdir={folder}", "--config.seed=5")
+    assert code == 2 and "checkpoints is not of this config: pass --overwrite" in error
+    (folder / "config.json").unlink()
+    code, said, error = job(CONFIG, f"--workdir={folder}", "--config.num_updates=4", "--overwrite")
+    assert code == 0 and "update      4 of 4" in said, error
+
+
 def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     """The third save fails; the same command goes on from the second when there is room again."""
     saved, inner = [], Checkpoints.save
@@ -181,6 +230,26 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     assert job(CONFIG, f"--workdir={tmp_path / 'run'}")[0] == 0
     whole = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in whole if row["kind"] == "update"] == list(range(10))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_disk_that_is_full_for_tensorboard_is_an_error_and_no_standstill(tmp_path, monkeypatch):
+    """Its thread dies of the first event; rows that nobody takes must not be waited for."""
+
+    def write_event(*_):
+        raise OSError(28, "No space left on device")
+
+    job_of_it = types.SimpleNamespace(config=dict(num_prompts=1, group_size=2, num_updates=9))
+    row = {"kind": "evaluation", "step": 0} | {f"metric/{k}": 1.0 for k in range(30)}
+    with (
+        monitor.Monitor(job_of_it, records.Workdir(tmp_path, False)) as shown,
+        pytest.raises(OSError, match="is the disk full"),
+    ):
+        shown.started_at(0)
+        monkeypatch.setattr(EventsWriter, "write_event", write_event)
+        for _ in range(100):
+            shown.on_row(row | {"heldout_reward": 0.0})
+            time.sleep(0.01)
 
 
 def test_every_key_and_every_metric_is_documented(finished):

@@ -570,6 +570,8 @@ def test_mathematics_is_compared_by_math_verify_on_any_thread(math_verify):
         np.testing.assert_array_equal(scores.rewards, [[reward] * 3 for _, _, reward in cases])
     with pytest.raises(ValueError, match="reference='2\\*\\*9' is neither a plain number nor mathematics"):
         math_answers.math_verifier("2**9")
+    with pytest.raises(ValueError, match="reference='1/0' is neither"):
+        math_answers.math_verifier("1/0")
 
 
 @pytest.mark.parametrize(
@@ -579,6 +581,8 @@ def test_mathematics_is_compared_by_math_verify_on_any_thread(math_verify):
         ("x^{101}", False), ("(x^{11})^{10}", False), ("x^12", False), ("x^{y^2}", False), ("x!", False), ("a_1", False),
         ("1" * 16, False), ("1,000,000,000,000,000", False), ("((((((1))))))", False), ("(1", False), (r"\input{x}", False),
         ("x" * 121, False), ("", False), ("x^", False), ("'", False), ("\\", False), ("2^{2^2}", False), ("x\ny", False),
+        (r"(\frac{1}{2})^{100}", True), ("(a+b+c)^9", True), ("(a+b+c+d)^9", False), ("(x+1)^{100}", False),
+        (r"\frac{a+b+c+d}{2}^9", False), ("((x+1)^9+y)^9", False), ("|x|+|y|", True), ("(x+1)^{20}", True), ("|x" * 13, False),
     ],
 )  # fmt: skip
 def test_the_gate(text, readable):
@@ -598,6 +602,7 @@ BAD = {
     "no JSON": b'{"question": ',
     "no JSON: 'utf-8'": b"\xff\xfe",
     "no JSON: nested": b"[" * 100_000,
+    "'utf-8' codec can't encode": b'{"question": "half \\ud800 a pair", "answer": "#### 7"}',
     "must be a JSON object, is a list": [1],
     "has no 'question'": {"answer": "#### 7"},
     "has no 'answer'": {"question": "q"},

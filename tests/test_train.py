@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from jax_async_grpo import losses, policies, records, staleness, training
+from jax_async_grpo import losses, policies, records, staleness, tasks, training
 from jax_async_grpo.advantages import group_normalized
 from jax_async_grpo.aggregation import token_mean
 from jax_async_grpo.checkpoint import Checkpoints
@@ -195,6 +195,16 @@ def test_reuse_and_old_denominators_go_on_within_a_batch(tmp_path):
     assert updates[3]["pg_clipfrac"] == 0 and abs(updates[3]["off_policy/kl"]) > 0  # fresh denominator, old rollouts
 
 
+def test_a_batch_in_reuse_is_kept_where_the_ring_rounds_what_drew_it(tmp_path):
+    """Drawn from the learner itself at its first update, it could only be drawn again from the ring's rounded copy."""
+    changes = dict(staleness__max=0, updates_per_batch=3, ring__dtype="bfloat16", optimizer__learning_rate=0.3)
+    config = tiny_config(**changes, num_updates=3, evaluation__every=9)
+    one = trained(tmp_path / "whole", config)
+    trained(tmp_path / "parts", config, stop_at=1)
+    two = trained(tmp_path / "parts", config)
+    assert bits(one.state) == bits(two.state) and metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "parts")
+
+
 def test_a_finished_run_stays_as_it_is(whole):
     folder, config, trainer = whole
     before = metrics_of(folder)
@@ -276,6 +286,27 @@ def bad_loss(logprobs, old_logprobs, advantages, mask=None):
     """NaN once the learner has moved away from its rollouts, i.e. from the second update on under lag."""
     moved = jnp.max(jnp.abs(logprobs - old_logprobs)) > 1e-4
     return jnp.where(moved, jnp.nan, 1.0) * losses.importance_sampling(logprobs, old_logprobs, advantages, mask)
+
+
+def punishing_task():
+    """Digit sums whose rewards are all negative."""
+    task = tasks.digit_text(num_prompts=24, num_digits=2, base=3)
+    object.__setattr__(task, "verify", lambda row, text: -1.0 - row)
+    return task
+
+
+def test_negative_rewards_are_trained_on_and_not_judged(tmp_path):
+    """A collapse is a share of a peak; once there were evaluations enough to look for one, the run ended."""
+    changes = dict(task="tests.test_train.punishing_task", task_options={}, evaluation__every=1, num_updates=4)
+    trained(tmp_path / "run", tiny_config(**changes, staleness__max=1, warm_start__num_updates=0))
+    rows = [json.loads(line) for line in metrics_of(tmp_path / "run").splitlines()]
+    assert [row["collapse/flag"] for row in rows if row["kind"] == "evaluation"] == [0] * 5
+
+
+def test_an_optimizer_that_keeps_a_key_is_refused_before_anything_is_compiled():
+    noise = (("optax.add_noise", {"eta": 0.1, "gamma": 0.5, "key": 0}),)
+    with pytest.raises(ValueError, match="config.optimizer keeps a PRNG key .* checkpoints cannot hold"):
+        training.build(tiny_config(optimizer__before=noise))
 
 
 def test_too_many_bad_updates_end_a_run_and_keep_the_last_good_checkpoint(tmp_path):

@@ -11,10 +11,11 @@ from jax_async_grpo.tasks.reasoning import reasoning_gym
 from jax_async_grpo.tasks.reasoning_text import reasoning_text
 from jax_async_grpo.tasks.text import TextTask, make_text_task
 from jax_async_grpo.tasks.tokenizers import Tokenizer, character_tokenizer, load_tokenizer
-from jax_async_grpo.tasks.verification import Scores, Verifiers
+from jax_async_grpo.tasks.verification import HangingVerifiers, Scores, Verifiers
 
 __all__ = [
     "PROXY_GOLD_LOGITS",
+    "HangingVerifiers",
     "Scores",
     "TextTask",
     "Tokenizer",

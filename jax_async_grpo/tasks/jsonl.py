@@ -110,6 +110,7 @@ def _read_row(line: bytes, question_key: str, answer_key: str) -> _Row:
             raise ValueError(f"has no {key!r}")
         if not isinstance(row[key], str) or not row[key].strip():
             raise ValueError(f"{key!r} must be a text that is not empty, is {str(row[key])[:40]!r}")
+        row[key].encode()  # half of a surrogate pair, on which tokenizers raise, is a ValueError here
     _, mark, reference = row[answer_key].rpartition("####")
     if not mark or not reference.strip():
         raise ValueError(f"{answer_key!r} has no reference after '####'")

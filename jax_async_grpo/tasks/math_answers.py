@@ -24,6 +24,8 @@ _MAX_CHARACTERS = 120
 _MAX_DEPTH = 5  # math-verify's parser takes some six times longer every second level
 _MAX_DIGITS = 15
 _MAX_POWER = 100  # product of all exponents, so that powers of powers stay small as well
+_MAX_TERMS = 64  # of powers of sums, multiplied out: sympy expands them
+_MAX_BARS = 12  # math-verify's parser tries every way to pair them
 
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?")
 _CHARACTERS = re.compile(r"[A-Za-z0-9 +\-*/=<>()\[\]{}^.,|\\]*")
@@ -82,14 +84,14 @@ def is_readable(text: str) -> bool:
     r"""Whether the gate lets an answer through to math-verify.
 
     At most 120 characters and 5 brackets deep; letters, digits, the operators + - * / = < > ^, brackets and a list of LaTeX
-    commands; numbers of at most 15 digits; exponents that are a letter or a number, their product at most 100. Neither "**" nor
-    factorials, sums, integrals or subscripts.
+    commands; numbers of at most 15 digits; exponents that are a letter or a number, their product at most 100; powers of sums
+    that multiply out to at most 64 terms; at most 12 bars |. Neither "**" nor factorials, sums, integrals or subscripts.
 
     Example:
       >>> is_readable(r"\frac{x^2}{3}"), is_readable("9^9^9^9"), is_readable("__import__('os')")
       (True, False, False)
     """
-    if not 0 < len(text) <= _MAX_CHARACTERS or not _CHARACTERS.fullmatch(text) or "**" in text:
+    if not 0 < len(text) <= _MAX_CHARACTERS or not _CHARACTERS.fullmatch(text) or "**" in text or text.count("|") > _MAX_BARS:
         return False
     if any(command not in _COMMANDS for command in _COMMAND.findall(text)):
         return False
@@ -98,13 +100,35 @@ def is_readable(text: str) -> bool:
     exponents = list(_EXPONENT.finditer(text))
     if len(exponents) != text.count("^"):
         return False
-    if math.prod(max(1, int(match[1] or match[2] or 1)) for match in exponents) > _MAX_POWER:
+    powers = [max(1, int(match[1] or match[2] or 1)) for match in exponents]
+    if math.prod(powers) > _MAX_POWER:
+        return False
+    bases = (_bracket_before(text[: match.start()]) for match in exponents)
+    if math.prod(_num_terms(base, power) for base, power in zip(bases, powers, strict=True)) > _MAX_TERMS:
         return False
     depth = deepest = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")
         deepest = max(deepest, depth)
     return depth == 0 and deepest <= _MAX_DEPTH
+
+
+def _bracket_before(text: str) -> str:
+    r"""The bracket that ends a text, "" where none does; of \frac{...}{...} both."""
+    start = end = len(text.rstrip())
+    while text[start - 1 : start] in ((")", "]", "}") if start == end else ("}",)):
+        depth = 0
+        for start in range(start - 1, -1, -1):  # noqa: B020
+            depth += (text[start] in ")]}") - (text[start] in "([{")
+            if depth == 0:
+                break
+    return text[start:end]
+
+
+def _num_terms(base: str, power: int) -> int:
+    """At most so many terms has the power of a sum, multiplied out; a sign is a term more."""
+    signs = base.count("+") + base.count("-") + base.count(r"\pm")
+    return math.comb(signs + power, power)
 
 
 def math_verifier(reference: str) -> Callable[[str], float]:
@@ -129,14 +153,18 @@ def math_verifier(reference: str) -> Callable[[str], float]:
         return lambda text: float(read_number(final_answer(text)) == number)
     latex = _strip(reference)
     parsed = _parse(latex)
-    if parsed is None:
+    if parsed is None or not _are_equal(parsed, parsed):  # 1/0 is no answer, not even its own
         raise ValueError(f"reference={reference[:80]!r} is neither a plain number nor mathematics that can be compared safely")
 
     def verify(text: str) -> float:
         answer = _parse(_strip(final_answer(text)))
-        return 0.0 if answer is None else float(_import("math_verify").verify(parsed, answer, timeout_seconds=None))
+        return 0.0 if answer is None else float(_are_equal(parsed, answer))
 
     return verify
+
+
+def _are_equal(reference: Any, answer: Any) -> bool:
+    return _import("math_verify").verify(reference, answer, timeout_seconds=None)
 
 
 def _strip(text: str) -> str:

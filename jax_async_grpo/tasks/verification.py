@@ -16,10 +16,14 @@ import numpy as np
 
 from jax_async_grpo.tasks.text import TextTask
 
-__all__ = ["FAILURES", "Scores", "Verifiers"]
+__all__ = ["FAILURES", "HangingVerifiers", "Scores", "Verifiers"]
 
 FAILURES = ("raised", "timed out", "not finite")
 """Why a sample has no score: the keys of `Scores.reasons`."""
+
+
+class HangingVerifiers(RuntimeError):
+    """More verifications hang than may be left behind."""
 
 
 class Scores(NamedTuple):
@@ -102,7 +106,7 @@ class Verifiers:
 
         Raises:
           ValueError: shapes that do not fit, or a row that the task does not have.
-          RuntimeError: more than `max_hanging` threads hang.
+          HangingVerifiers: more than `max_hanging` threads hang.
         """
         rows, completions, mask = np.asarray(prompt_indices), np.asarray(completions), np.asarray(mask, bool)
         if completions.ndim != 3 or mask.shape != completions.shape or rows.shape != completions.shape[:1]:
@@ -173,7 +177,7 @@ class Verifiers:
             del running[thread]
             self._hanging.append(thread)
             if self.num_hanging > self._max_hanging:
-                raise RuntimeError(
+                raise HangingVerifiers(
                     f"{self.num_hanging} verifications of {task.name} hang past time_limit={self._time_limit:g} s, more than "
                     f"max_hanging={self._max_hanging}: mend the verifier or raise the limit; the last text was "
                     f"{sample.text[:80]!r}"

@@ -18,6 +18,8 @@ from jax_async_grpo.training.setup import TrainJob
 
 __all__ = ["Monitor", "Stop", "stop_signals"]
 
+_MAX_QUEUE = 10_000  # numbers: so many may come before it is seen that the thread that writes them has died
+
 
 class Stop:
     """True once SIGTERM or Ctrl-C asked the run to end after the update it is in; `code` is the exit code for that."""
@@ -70,12 +72,16 @@ class Monitor:
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
+        if self._writer is None:
+            return
+        if self._is_writing():
             self._writer.close()
+        else:  # what nobody takes from its queue must not keep the process from ending
+            self._writer.file_writer.event_writer._event_queue.cancel_join_thread()
 
     def started_at(self, step: int) -> None:
         """The run begins, or goes on, at this update; events from there on replace those of an interrupted attempt."""
-        self._writer = SummaryWriter(str(self._folder), purge_step=step)
+        self._writer = SummaryWriter(str(self._folder), purge_step=step, max_queue=_MAX_QUEUE)
         self._bar = tqdm(total=self._total, initial=step, unit="update", disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self._last = time.monotonic()
 
@@ -88,7 +94,7 @@ class Monitor:
             return
         for name, value in row.items():
             if isinstance(value, (int, float)) and name != "step" and math.isfinite(value):
-                self._writer.add_scalar(name if "/" in name else f"{kind}/{name}", value, step)
+                self._add(name if "/" in name else f"{kind}/{name}", value, step)
         if kind == "update":
             self._on_update(row, step)
         elif kind == "evaluation" and self._bar.disable:
@@ -97,8 +103,19 @@ class Monitor:
     def _on_update(self, row: dict[str, Any], step: int) -> None:
         now = time.monotonic()
         rate, self._last = self._tokens_a_row * row["completion_length"] / max(now - self._last, 1e-9), now
-        self._writer.add_scalar("time/tokens_per_second", rate, step)
+        self._add("time/tokens_per_second", rate, step)
         self._bar.set_postfix_str(
             f"reward {row['reward']:.3f}, staleness {row['staleness/mean']:.3g}, {rate:,.0f} tokens/s", refresh=False
         )
         self._bar.update()
+
+    def _add(self, name: str, value: float, step: int) -> None:
+        """To TensorBoard; OSError where its thread has died: its queue would fill, and then wait for ever."""
+        if not self._is_writing():
+            raise OSError(
+                f"{self._folder} cannot be written, is the disk full? What was saved is whole; the same command goes on"
+            )
+        self._writer.add_scalar(name, value, step)
+
+    def _is_writing(self) -> bool:
+        return self._writer.file_writer.event_writer._worker.is_alive()

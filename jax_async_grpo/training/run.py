@@ -83,7 +83,8 @@ class Trainer:
 
     Raises:
       Stopped: in the warm start, of which nothing is kept.
-      ValueError: every checkpoint of the workdir is damaged, or they are of another config.
+      ValueError: the warm start diverges; every checkpoint of the workdir is damaged, or they are of another config;
+        metrics.jsonl lacks rows from before the newest whole one.
     """
 
     def __init__(
@@ -102,7 +103,6 @@ class Trainer:
         self._rows: list[dict[str, Any]] = []
         self.pending: dict[int, dict[str, np.ndarray]] = {}
         self._saved: int | None = None  # the step of the last checkpoint
-        self._kept: tuple[int, Rollouts] | None = None  # the batch in use, where it is reused
         self._draw = self._drawer(config["group_size"], **config["sampling"])
         evaluation = config["evaluation"]
         self._draw_evaluation = self._drawer(evaluation["num_samples"], greedy=evaluation["greedy"])
@@ -199,19 +199,19 @@ class Trainer:
         return self._read(self.state.train.history, jnp.int32(age))[0] if age else self.state.train.params
 
     def _rollouts_of(self, batch: int, behavior: Params | None) -> Rollouts:
-        """Of the batch: kept from the update before, drawn from the ring's version, or pending."""
-        if self._kept is not None and self._kept[0] == batch:
-            return self._kept[1]
-        if behavior is not None:
-            rollouts = self._drawn(batch, behavior)
-        else:
-            for ahead in self.job.lag.generated_at(self.progress.step):
-                self.pending[ahead] = pending_lib.fields_of(self._drawn(ahead, self.state.train.params))
-            rollouts = self._placed(batch, self.pending[batch])
-            if self.job.lag.first_step(batch + 1) == self.progress.step + 1:
-                del self.pending[batch]
-        self._kept = (batch, rollouts) if self.job.lag.updates_per_batch > 1 and behavior is not None else None
-        return rollouts
+        """Of the batch: drawn from the ring's version, or pending; a reused batch waits between its updates, and is saved.
+
+        Drawn again it would be another one where the ring rounds: it may come from the learner's own parameters.
+        """
+        lag, step = self.job.lag, self.progress.step
+        if behavior is not None and lag.updates_per_batch == 1:
+            return self._drawn(batch, behavior)
+        for ahead in lag.generated_at(step) if behavior is None else [batch]:
+            if ahead not in self.pending:
+                drawn = self._drawn(ahead, self.state.train.params if behavior is None else behavior)
+                self.pending[ahead] = pending_lib.fields_of(drawn)
+        is_last_use = lag.first_step(batch + 1) == step + 1
+        return self._placed(batch, self.pending.pop(batch) if is_last_use else self.pending[batch])
 
     def _drawn(self, batch: int, behavior: Params) -> Rollouts:
         rows, ids = self._prompts(batch)
@@ -225,10 +225,8 @@ class Trainer:
             stream=TRAINING_STREAM,
             put=self._put,
         )
-        # A run that goes on within a reused batch draws it again.
-        if self.job.config["replay"] == "rollouts" or self.progress.step == self.job.lag.first_step(batch):
-            for reason, number in scores.reasons.items():
-                self.progress.failed_samples[reason] += number
+        for reason, number in scores.reasons.items():
+            self.progress.failed_samples[reason] += number
         return rollouts
 
     def _placed(self, batch: int, fields: dict[str, np.ndarray]) -> Rollouts:
@@ -289,9 +287,12 @@ class Trainer:
         self._flush()
 
     def _collapse(self) -> dict[str, float | None]:
-        """Has held-out reward fallen, by the config's rule? NaN-free: the step is None where it has not."""
+        """Has held-out reward fallen, by the config's rule? NaN-free: the step is None where it has not.
+
+        The rule takes shares of a peak, which negative rewards do not have: a task with such is not judged.
+        """
         steps, rewards = zip(*self.progress.evaluations, strict=True)
-        if len(steps) <= _FEWEST_EVALUATIONS:
+        if len(steps) <= _FEWEST_EVALUATIONS or min(rewards) < 0:
             return {"collapse/flag": 0, "collapse/step": None}
         judged = scaling.classify_run(
             np.array(steps[1:]),
@@ -365,6 +366,11 @@ class Trainer:
             on_check=self._on_warm_start,
             **config["warm_start"],
         )
+        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(warm.params)):
+            raise ValueError(
+                f"the warm start's parameters are not finite after {warm.num_updates} updates: lower "
+                "config.warm_start.learning_rate"
+            )
         self._write({"kind": "start", "num_parameters": number, "warm_start_updates": warm.num_updates, "reward": warm.reward})
         return self._init_state(warm.params), Progress()
 
@@ -380,11 +386,24 @@ class Trainer:
             if any(self._checkpoints.folder.glob("step_*")):
                 raise ValueError(f"every checkpoint in {self._checkpoints.folder} is damaged; move them away to start afresh")
             return None
+        if not self._workdir.resumed:  # arrays of the same shapes say nothing about the config
+            raise ValueError(f"{self._checkpoints.folder} is not of this config: pass --overwrite or another --workdir")
         self.pending = pending_lib.unpack(found.arrays["pending"])
         progress = Progress.from_plain(found.host)
-        self._workdir.truncate_rows("metrics.jsonl", lambda row: _is_before(row, progress))
+        self._cut_records(progress)
         self._saved = found.step
         return found.arrays["state"], progress
+
+    def _cut_records(self, progress: Progress) -> None:
+        """metrics.jsonl as it was when the checkpoint with this progress was taken; ValueError where it holds less."""
+        rows = self._workdir.read_metrics()
+        number = sum(row["kind"] == "update" and row["step"] < progress.step for row in rows)
+        if number < progress.step:
+            raise ValueError(
+                f"{self._workdir.path / 'metrics.jsonl'} has rows of {number} of the {progress.step} updates that the newest "
+                "checkpoint goes on from: put the whole file back, pass --overwrite or another --workdir"
+            )
+        self._workdir.truncate_rows("metrics.jsonl", lambda row: _is_before(row, progress))
 
     def _shapes(self) -> Params:
         return jax.eval_shape(self.job.policy.init, jax.random.key(0))
@@ -421,7 +440,7 @@ class Trainer:
         return pending_lib.pack(self.pending, self._num_pending(), shape, dtype)
 
     def _num_pending(self) -> int:
-        """Slots for rollouts that wait; one, unused, where parameters are replayed."""
+        """Slots for rollouts that wait; one, for a batch in reuse, where parameters are replayed."""
         return max(1, self.job.lag.max_pending) if self.job.config["replay"] == "rollouts" else 1
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -32,6 +32,8 @@ __all__ = ["DENOMINATORS", "REPLAYS", "TrainJob", "build", "describe", "learning
 REPLAYS = ("params", "rollouts")
 DENOMINATORS = ("recorded", "recomputed", "learner")
 PRECISIONS = ("float32", "float64")
+_MAX_SEED = 2**32 - 1
+_LEAST_SAMPLING = 1e-6  # far below, logits overflow and a nucleus is empty in float32
 _COUPLING_TOLERANCE = 1e-4  # below what `estimation` refuses
 _TOP_KEYS = (
     "seed precision num_updates num_prompts group_size updates_per_batch accumulation_steps staleness replay ring loss "
@@ -116,11 +118,15 @@ def validate(config: Mapping[str, Any]) -> None:
     for key in config:
         if key.endswith("_options"):
             check_mapping(config[key], key)
+    if config["seed"] > _MAX_SEED:
+        raise ValueError(f"config.seed is {config['seed']}; it must be at most {_MAX_SEED}: keys are made of 32 bits")
     _check_words(config)
     positive = (lambda x: x > 0, "> 0")
-    for field in ("optimizer.learning_rate", "sampling.temperature", "verifier.time_limit", "warm_start.learning_rate"):
+    for field in ("optimizer.learning_rate", "verifier.time_limit", "warm_start.learning_rate"):
         check_number(_at(config, field), field, *positive)
-    check_number(config["sampling"]["top_p"], "sampling.top_p", lambda x: 0 < x <= 1, "in (0, 1]")
+    least = _LEAST_SAMPLING
+    check_number(config["sampling"]["temperature"], "sampling.temperature", lambda x: x >= least, f">= {least:g}")
+    check_number(config["sampling"]["top_p"], "sampling.top_p", lambda x: least <= x <= 1, f"in [{least:g}, 1]")
     check_integer(config["sampling"]["top_k"], "sampling.top_k", minimum=0)
     check_number(config["bias"]["ess_threshold"], "bias.ess_threshold", lambda x: 0 <= x <= 1, "in [0, 1]")
     check_number(config["warm_start"]["target_reward"], "warm_start.target_reward", lambda x: 0 < x <= 1, "in (0, 1]")
@@ -137,6 +143,11 @@ def build(config: Mapping[str, Any]) -> TrainJob:
     """
     validate(config)
     mesh = make_mesh(**config["mesh"])
+    kinds = sorted(memory.kind for memory in jax.devices()[0].addressable_memories())
+    if config["ring"]["memory_kind"] not in ("", *kinds):
+        raise ValueError(
+            f"config.ring.memory_kind is {config['ring']['memory_kind']!r}; it must be '' or one of {', '.join(kinds)}"
+        )
     part = config["num_prompts"] // config["accumulation_steps"]
     if part % mesh.size:
         raise ValueError(
@@ -407,9 +418,11 @@ def _try_optimizer(config: Mapping[str, Any], learner: Learner) -> None:
         return optimizer.update(params, optimizer.init(params), params, **extra_args)
 
     try:
-        jax.eval_shape(trial, shapes)
+        _, state = jax.eval_shape(trial, shapes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"config.optimizer ({config['optimizer']['name']}) cannot be used: {first_line(error)}") from None
+    if any(jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in jax.tree.leaves(state)):
+        raise ValueError("config.optimizer keeps a PRNG key in its state, which checkpoints cannot hold; take one without")
 
 
 def _predicted_limit(config: Mapping[str, Any]) -> float | None:
