@@ -150,7 +150,7 @@ def estimate(
 
     Raises:
       ValueError: fewer than 8 blocks or a B they do not divide, parameters that differ, an option outside its range, rollouts
-        or log-probs of another shape, or (reweighted) a loss that is no mean over the prompts.
+        or log-probs of another shape, rewards that are not finite, or (reweighted) a loss that is no mean over the prompts.
     """
     check_params_alike(params=params, behavior_params=behavior_params)
     num_prompts = _check_prompts(prompts, num_blocks)
@@ -415,6 +415,8 @@ def _checked(rollouts: Rollouts, num_prompts: int) -> Rollouts:
     shape = np.shape(rollouts.mask)
     if len(shape) != 3 or shape[0] != num_prompts:
         raise ValueError(f"sample returned a mask of shape {shape}; it must be [B, G, L] with B = {num_prompts}, as in prompts")
+    if not bool(jnp.isfinite(jnp.asarray(rollouts.rewards)).all()):
+        raise ValueError("sample returned rewards that are not finite; give failed samples a number, and count them")
     return rollouts
 
 

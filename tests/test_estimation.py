@@ -361,6 +361,7 @@ def test_a_loss_that_couples_prompts_is_not_reweighted():
         (dict(level=0.5, power=0.4), "0 < level < power < 1"),
         (dict(behavior_params=BEHAVIOR[:1]), "behavior_params has shape"),
         (dict(sample=lambda params, prompts, key: compiled_sample(params, prompts[:8], key)), "with B = 16"),
+        (dict(sample=lambda *given: dataclasses.replace(compiled_sample(*given), rewards=jnp.array([jnp.nan]))), "not finite"),
     ],
 )
 def test_wrong_arguments_are_named(change, message):
