@@ -121,17 +121,18 @@ def generate(
     keys = completion_keys(key, stream, step, prompt_ids, group_size).reshape(batch * group_size, 2)
     unembed = policy.unembed(params)
     changed = top_k is not None or top_p is not None or not _is_one(temperature)
+    changes = dict(temperature=temperature, top_k=top_k, top_p=top_p)
 
     def draw(hidden: jax.Array, length: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        logits = logits_of(hidden, unembed)
+        logits = logits_of(hidden, unembed, vocabulary_first=True)  # [V, R]
         if allowed is not None:
             _check_vocabulary(allowed, logits)
-            logits = jnp.where(allowed[length], logits, -jnp.inf)
+            logits = jnp.where(allowed[length][:, None], logits, -jnp.inf)
         if greedy:
             tokens = most_probable(logits)
             return tokens, jnp.zeros(tokens.shape, logits.dtype), log_prob_of(tokens, logits)
-        changed_logits = sampling_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p) if changed else logits
-        tokens, logprobs = choose(changed_logits, exponential_noise(keys, length, logits.shape[-1]))
+        changed_logits = sampling_logits(logits.T, **changes).T if changed else logits
+        tokens, logprobs = choose(changed_logits, exponential_noise(keys, length, logits.shape[0]))
         return tokens, logprobs, log_prob_of(tokens, logits) if changed else logprobs
 
     def body(carry: _Carry) -> _Carry:
@@ -196,8 +197,8 @@ def _check_allowed(allowed, max_length: int) -> jax.Array | None:
 
 
 def _check_vocabulary(allowed: jax.Array, logits: jax.Array) -> None:
-    if allowed.shape[1] != logits.shape[1]:
-        raise ValueError(f"allowed has {allowed.shape[1]} tokens (axis 1), the policy has V = {logits.shape[1]}")
+    if allowed.shape[1] != logits.shape[0]:
+        raise ValueError(f"allowed has {allowed.shape[1]} tokens (axis 1), the policy has V = {logits.shape[0]}")
 
 
 def _is_concrete(value) -> bool:

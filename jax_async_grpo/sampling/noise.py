@@ -50,10 +50,10 @@ def exponential_noise(keys: jax.Array, position: jax.Array, vocab_size: int) -> 
       vocab_size: V.
 
     Returns:
-      [R, V] float32 whatever the precision of the policy, in 1e-10..17.
+      [V, R] float32 whatever the precision of the policy, in 1e-10..17.
     """
-    index = jnp.arange(vocab_size, dtype=jnp.uint32)
-    bits, _ = threefry(keys[:, :1], keys[:, 1:], jnp.full_like(index, jnp.asarray(position, jnp.uint32)), index)
+    index = jnp.arange(vocab_size, dtype=jnp.uint32)[:, None]
+    bits, _ = threefry(keys[:, 0], keys[:, 1], jnp.full_like(index, jnp.asarray(position, jnp.uint32)), index)
     uniform = (bits.astype(jnp.float32) + 0.5) * jnp.float32(2.0**-32)
     # The largest would round to 1, whose E is infinite: an entry that is alone could not be chosen.
     return -jnp.log1p(-jnp.minimum(uniform, jnp.float32(1 - 2.0**-24)))
