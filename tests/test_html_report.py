@@ -437,7 +437,7 @@ def test_a_training_runs_page_says_how_it_went(tmp_path):
     assert page.column("detected") == ["no", "yes"] and page.column("over the fresh gradient") == ["–", "0.125"]
     assert page.column("standard error") == ["0.0125"] * 2 and page.column("fresh gradient") == [NASTY] * 2
     assert "Measurements : 2. One by one : told from none in 1 of 2" in page.text
-    assert "sees a ‖δ‖ of 0.0463 (median of the detection limits) four times in five, 0.0818 times the root mean" in page.text
+    assert "sees a ‖δ‖ of 0.0462 (median of the detection limits) four times in five, 0.0818 times the root mean" in page.text
     assert "estimated as 0.004 ± 0.0024 (standard error), 90 % interval [-0.0112, 0.0192]" in page.text
     assert "Their ratio: 0.0125 [-0.0349, 0.0599]. The first interval is not above 0: together they do not tell" in page.text
     assert "nor exclude one of up to 0.24 times the gradient" in page.text

@@ -49,22 +49,20 @@ def test_together_they_find_what_each_of_them_does_not(planted):
     assert found["detection_limit_median"] > 1.3 * 0.2
     for name, truth in (("norm_squared", 0.04), ("fresh_norm_squared", 0.09)):
         low, high = found[name]["interval"]
-        assert 0 < low < truth < high and found[name]["standard_error"] < 0.1 * truth
+        assert 0 < low < truth < high and found[name]["standard_error"] < 0.15 * truth
     low, high = found["relative_norm_squared"]["interval"]
-    assert low < 4 / 9 < high < 0.55
+    assert low < 4 / 9 < high < 0.65
     # The mean of what came out positive, or was detected, is another number.
     positive = [row["bias/norm_squared"] for row in rows if row["bias/norm_squared"] > 0]
     assert np.mean(positive) > 1.1 * 0.04 and min(row["bias/norm_squared"] for row in rows) < 0
 
 
 def test_without_a_bias_the_interval_holds_zero_nine_times_in_ten():
-    rng = np.random.default_rng(1)
-    held = 0
-    for _ in range(150):
-        rows = [measurement(rng, np.zeros(20), np.full(20, 0.1), noise=0.5)[0] for _ in range(10)]
-        low, high = pooled_bias.pooled_bias(rows)["norm_squared"]["interval"]
-        held += low <= 0 <= high
-    assert 0.83 <= held / 150 <= 0.96
+    """One thousand runs of ten measurements each, by the U-statistic written out."""
+    blocks = np.random.default_rng(1).standard_normal((1000, 10, NUM_BLOCKS, 20))
+    squares = np.sum(np.sum(blocks, axis=2) ** 2, axis=-1) - np.sum(blocks**2, axis=(2, 3))
+    intervals = np.array([pooled_bias.mean_with_interval(run)["interval"] for run in squares])
+    assert 0.87 < np.mean((intervals[:, 0] <= 0) & (intervals[:, 1] >= 0)) < 0.93
 
 
 def test_the_error_of_the_square_is_found_back_in_that_of_the_norm(planted):
@@ -116,7 +114,7 @@ def test_the_interval_of_a_ratio_inverts_the_test_of_every_ratio():
     values = 0.3 * scales + 0.5 * rng.standard_normal(12)
     low, high = pooled_bias.ratio_with_interval(values, scales)["interval"]
     tried = np.linspace(-3, 3, 6001)
-    accepted = [stats.ttest_1samp(values - R * scales, 0).pvalue >= 1 - pooled_bias.LEVEL for R in tried]
+    accepted = stats.ttest_1samp(values - tried[:, None] * scales, 0, axis=1).pvalue >= 1 - pooled_bias.LEVEL
     np.testing.assert_allclose([low, high], [tried[accepted][0], tried[accepted][-1]], atol=2e-3)
     assert pooled_bias.ratio_with_interval(values, scales - np.mean(scales) + 0.1)["interval"] is None  # no ratio is too large
 
@@ -175,8 +173,9 @@ def test_the_page_claims_no_more_than_was_measured(planted):
         return " ".join(": ".join(pair) for pair in page._said_of_bias(pooled_bias.pooled_bias(rows)))
 
     assert "The first interval is above 0: there is a bias." in words(planted[0])
-    few = words([*planted[0][:8], empty()])
-    assert "9; nothing to measure in 1 where at most one block of prompts had a gradient" in few
+    pairs = ((0.3, 1.0), (-0.2, 1.2), (0.1, 0.8), (0.0, 1.0))
+    few = words([empty(fresh_norm_squared=f, **{"bias/norm_squared": u}) for u, f in pairs] + [empty()])
+    assert "5; nothing to measure in 1 where at most one block of prompts had a gradient" in few
     assert "together they do not tell the bias from none, nor exclude one of up to" in few
     assert words([empty()]).endswith("(nearly all rewards equal): not counted below.")
     lost = [empty(fresh_norm_squared=f, **{"bias/norm_squared": u}) for f, u in ((-1.0, 0.1), (1.5, -0.1), (0.1, 0.0))]
