@@ -172,7 +172,7 @@ def test_the_page_claims_no_more_than_was_measured(planted):
     def words(rows):
         return " ".join(": ".join(pair) for pair in page._said_of_bias(pooled_bias.pooled_bias(rows)))
 
-    assert "The first interval is above 0: there is a bias." in words(planted[0])
+    assert "The first interval is above 0: together they tell the bias from none" in words(planted[0])
     pairs = ((0.3, 1.0), (-0.2, 1.2), (0.1, 0.8), (0.0, 1.0))
     few = words([empty(fresh_norm_squared=f, **{"bias/norm_squared": u}) for u, f in pairs] + [empty()])
     assert "5; nothing to measure in 1 where at most one block of prompts had a gradient" in few

@@ -153,7 +153,7 @@ def _pooled_words(found: Record) -> str:
     else:
         said += f"Their ratio: {ratio['estimate']:.3g} [{ratio['interval'][0]:.3g}, {ratio['interval'][1]:.3g}]"
     if low > 0:
-        return f"{said}. The first interval is above 0: there is a bias."
+        return f"{said}. The first interval is above 0: together they tell the bias from none (without one, a run in 20 would too)."
     said += ". The first interval is not above 0: together they do not tell the bias from none"
     if ratio["interval"] is None or ratio["interval"][1] <= 0:
         return f"{said}."
@@ -172,7 +172,9 @@ def _evaluations(evaluations: Rows) -> Folded:
         for row in evaluations
     ]
     columns = ["updates", "held-out reward", "failed samples so far", "collapse"]
-    caption = "Collapse: whether the rewards up to there have fallen by config.rule; no before the fourth evaluation."
+    caption = (
+        "Collapse: whether the rewards up to there have fallen by config.rule, which is asked from the fourth evaluation on."
+    )
     return Folded(f"{len(rows)} evaluations", [Table(columns, rows, caption)])
 
 
