@@ -153,7 +153,7 @@ def _pooled_words(found: Record) -> str:
     else:
         said += f"Their ratio: {ratio['estimate']:.3g} [{ratio['interval'][0]:.3g}, {ratio['interval'][1]:.3g}]"
     if low > 0:
-        return f"{said}. The first interval is above 0: together they tell the bias from none (without one, a run in 20 would too)."
+        return f"{said}. The first interval is above 0: together they tell the bias from none (by chance one run in 20)."
     said += ". The first interval is not above 0: together they do not tell the bias from none"
     if ratio["interval"] is None or ratio["interval"][1] <= 0:
         return f"{said}."
