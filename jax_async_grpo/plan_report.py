@@ -28,6 +28,11 @@ _MEASURES = {
     "policy": "the prediction takes the growth of sqrt(KL), the policy's drift, in its place",
     "parameters": "the prediction takes this growth: no KL was measured at both S",
 }
+_ANCHORS = (
+    "runs at S = 0 and at one larger S, each at learning rates that work and at ones that fail: two of them bracket the limit, "
+    "runs at one learning rate alone show none. docs/plan.md has the loop for launch.train (under 'Training runs') and the "
+    "columns of a log; launch.plan --config=configs/plan.py --measure runs them for a small task"
+)
 _STATUS = {
     "bracketed": "bracketed by two measured learning rates",
     "order of magnitude": "ORDER OF MAGNITUDE ONLY: no two anchors, nothing places the boundary",
@@ -42,6 +47,7 @@ def text(plan: Plan, evidence: Evidence) -> str:
     """The plan in lines of at most 80 columns, plain ASCII but for names of the user's."""
     blocks = [
         [("plan", f"S = {plan.max_staleness}, T = {plan.horizon} learner updates"), ("status", _STATUS[plan.status])],
+        [("to run", _ANCHORS)] if plan.status == "not planned" else [],
         _rate_lines(plan),
         _limit_lines(plan),
         _drift_lines(plan),
@@ -93,7 +99,7 @@ def figure(plan: Plan, evidence: Evidence) -> Figure:
 
 def _rate_lines(plan: Plan) -> list[tuple[str, str]]:
     if plan.max_learning_rate is None:
-        return [("use eta", "no number: see note 1")]
+        return [("use eta", f"no number: see {'to run' if plan.status == 'not planned' else 'note 1'}")]
     sign = ">= " if plan.status == "censored" else ""
     interval = _interval(plan.interval, plan.confidence)
     return [

@@ -409,7 +409,7 @@ def training_run_of(folder, *, num_updates=12, bias=True, **changes):
             rows.append({"kind": "evaluation", "step": t, "heldout_reward": 0.25 + 0.05 * t, **failed, **collapse})
         if bias and t in (4, 8):
             row = {"kind": "bias", "step": t, "detected": int(t == 8), "method": NASTY, "ess_ratio": 0.75}
-            row |= {"staleness": 4, "fresh_norm_squared": 0.32, "bias/norm_squared": 0.01 if t == 4 else 0.0}
+            row |= {"staleness": 4, "fresh_norm_squared": 0.32, "bias/norm_squared": (0.01 * t) ** 2}
             row |= {"bias/norm": 0.01 * t, "bias/standard_error": 0.0125, "bias/detection_limit": 0.0625 if t == 4 else 0.03}
             rows.append(row | {"bias/relative_norm": math.nan if t == 4 else 0.125, "bias/cosine": 0.975})
         if t < num_updates:
@@ -436,9 +436,18 @@ def test_a_training_runs_page_says_how_it_went(tmp_path):
     assert page.column("‖δ‖") == ["0.04", "0.08"] and page.column("detection limit") == ["0.0625", "0.03"]
     assert page.column("detected") == ["no", "yes"] and page.column("over the fresh gradient") == ["–", "0.125"]
     assert page.column("standard error") == ["0.0125"] * 2 and page.column("fresh gradient") == [NASTY] * 2
-    assert "Measured 2 times, told from none 1 times; over all of them ‖δ‖ is estimated as 0.125 of" in page.text
+    assert "Measurements : 2. One by one : told from none in 1 of 2" in page.text
+    assert "sees a ‖δ‖ of 0.0462 (median of the detection limits) four times in five, 0.0818 times the root mean" in page.text
+    assert "estimated as 0.004 ± 0.0024 (standard error), 90 % interval [-0.0112, 0.0192]" in page.text
+    assert "Their ratio: 0.0125 [-0.0349, 0.0599]. The first interval is not above 0: together they do not tell" in page.text
+    assert "nor exclude one of up to 0.24 times the gradient" in page.text
     assert page.column("held-out reward") == ["0.25", "0.45", "0.65", "0.85"]
-    assert page.column("failed samples so far") == ["0", "16", "32", "48"] and page.column("by the rule")[-1] == "collapsed"
+    assert page.column("failed samples so far") == ["0", "16", "32", "48"] and page.column("collapse") == [
+        "no",
+        "no",
+        "no",
+        "collapsed",
+    ]
     assert page.images == [(folder / "train.svg").read_bytes()] and (folder / "train.png").exists()
     assert not page.warnings and "Staleness bias :" not in page.text and "staleness.max" in page.column("key")
     assert "digit_text with decoder, trained on rollouts that are up to S = 4" in page.text and "S·η = 0.08" in page.text

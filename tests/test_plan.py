@@ -468,6 +468,19 @@ def test_a_folder_that_says_nothing_is_one_line(tmp_path, files, message):
     assert code == 2 and not said and message in error and error.count("\n") == 1
 
 
+def test_one_training_run_is_no_plan_and_what_to_run_is_said(tmp_path):
+    folder = training_run(tmp_path / "run", 8, 0.01, num_updates=20, every=10)
+    code, said, error = job(f"--log={folder}", "--ceiling=1")
+    assert code == 0 and "NOT PLANNED" in said, error
+    words = " ".join(said.split())
+    assert "use eta no number: see to run" in words and "to run runs at S = 0 and at one larger S" in words
+    page, section = re.search(r"(docs/\S+\.md) has the loop for launch.train \(under '(.*?)'\)", words).groups()
+    loop = (ROOT / page).read_text().partition(f"## {section}")[2].partition("\n## ")[0]
+    assert "python -m launch.train" in loop and "--log=$(ls -d runs/S*" in loop
+    config = re.search(r"--config=(\S+) --measure", words)[1]
+    assert (ROOT / config).exists()
+
+
 def test_the_documented_columns_are_those_that_are_read():
     page = (ROOT / "docs" / "plan.md").read_text().partition("| Column | From |")[0]
     table = [line.split("|")[1].strip().strip("`") for line in page.splitlines() if line.startswith("| `")]

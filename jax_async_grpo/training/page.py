@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jax_async_grpo.html_report import Folded, Items, Page, Part, Picture, Section, Table, Text
-from jax_async_grpo.training.summary import figure, summary
+from jax_async_grpo.training.pooled_bias import LEVEL, sorted_out
+from jax_async_grpo.training.summary import figure, summary, title
 
 __all__ = ["page"]
 
@@ -17,10 +18,13 @@ Rows = Sequence[Record]
 
 _ABSENT = "–"
 _CAPTION = (
-    "Against learner updates: mean reward of the training rollouts (pale) and of held-out questions (marked), a collapse as a "
-    "dotted line; how far the learner is from its rollouts, as k3 estimate of the KL of a token in nats, and the norm of the "
-    "update, both logarithmic; and, where it was measured, the staleness bias ‖δ‖ of the gradient with its standard error, "
-    "beside the detection limit (dashed), the size that would be seen four times in five."
+    "Against learner updates. Left: mean reward of the training rollouts (pale) and of held-out questions (marked), a "
+    "collapse as a dotted line. Middle, logarithmic: how far the learner is from its rollouts, as k3 estimate of the KL of "
+    "a token in nats, and the norm of the update of the parameters. Right, where it was measured: ‖δ‖², the squared "
+    "staleness bias of the gradient, each estimate with its standard error, over the mean squared norm of the fresh "
+    "gradient (1: as large as that). The estimates are unbiased, so that noise makes some negative; the axis is linear "
+    "around 0 and logarithmic further out. Dashes: the squared size that one measurement would see four times in five. "
+    "Band: the mean of all with its 90 % interval, in that unit, whose own error it leaves out."
 )
 
 
@@ -39,9 +43,7 @@ def page(folder: Path, config: Record, rows: Rows, versions: Record) -> Page:
     result = summary(rows, versions)
     S, eta = config["staleness"]["max"], config["optimizer"]["learning_rate"]
     updates, evaluations, biases = ([row for row in rows if row["kind"] == kind] for kind in ("update", "evaluation", "bias"))
-    sections = [
-        Section("Outcome", [_outcome(result, config, updates), *_picture(folder, rows, updates, f"S = {S}, η = {eta:g}")])
-    ]
+    sections = [Section("Outcome", [_outcome(result, config, updates), *_picture(folder, rows, updates, title(config))])]
     if biases:
         sections.append(Section("Staleness bias of the gradient", _bias(result, biases)))
     if evaluations:
@@ -81,41 +83,82 @@ def _outcome(result: Record, config: Record, updates: Rows) -> Table:
     return Table(["quantity", "value"], [[name, value] for name, value in lines.items()])
 
 
-def _picture(folder: Path, rows: Rows, updates: Rows, title: str) -> list[Picture]:
+def _picture(folder: Path, rows: Rows, updates: Rows, said: str) -> list[Picture]:
     if not updates:
         return []
-    figure(rows, folder, title)
+    figure(rows, folder, said)
     return [Picture(folder / "train.svg", _CAPTION)]
 
 
 def _bias(result: Record, biases: Rows) -> list[Part]:
-    """How often it was told from none, and every measurement."""
-    found = result["bias"]
-    said = f"Measured {found['measured']} times, told from none {found['detected']} times"
-    if found["relative_norm"] is not None:
-        said += f"; over all of them ‖δ‖ is estimated as {found['relative_norm']:.3g} of the fresh gradient"
-    if found["detection_limit_mean"] is not None:
-        said += f". A bias of norm {found['detection_limit_mean']:.3g} (mean of the limits) would be seen four times in five"
+    """What single measurements could see, what all of them say together, and every one."""
+    found, kinds = result["bias"], sorted_out(biases)
+    nothing = {row["step"] for kind in ("without_lag", "without_gradient", "not_finite") for row in kinds[kind]}
     rows = [
         [
             f"{row['step']}",
-            *(
-                _number(row[f"bias/{name}"])
-                for name in ("norm", "standard_error", "detection_limit", "relative_norm", "cosine")
-            ),
-            "yes" if row["detected"] else "no",
+            *(_number(row[f"bias/{name}"]) for name in ("norm_squared", "norm", "standard_error", "detection_limit")),
+            _number(row["fresh_norm_squared"]),
+            *(_number(row[f"bias/{name}"]) for name in ("relative_norm", "cosine")),
+            "nothing to measure" if row["step"] in nothing else "yes" if row["detected"] else "no",
             _number(row["ess_ratio"]),
             str(row["method"]),
         ]
         for row in biases
     ]
-    columns = ["update", "‖δ‖", "standard error", "detection limit", "over the fresh gradient", "cosine", "detected", "ESS"]
+    columns = ["update", "‖δ‖²", "‖δ‖", "standard error", "detection limit", "‖H(θ,θ)‖²", "over the fresh gradient", "cosine"]
     caption = (
-        "‖δ‖ by a U-statistic over blocks of prompts, 0 where the estimate of its square is negative; cosine of the stale with "
-        "the fresh gradient; ESS: effective share of the groups, by which the next measurement chooses between fresh rollouts "
-        "(sampled) and weights (reweighted)."
+        "‖δ‖², and ‖H(θ,θ)‖² of the fresh gradient, by a U-statistic over blocks of prompts: unbiased, and negative where "
+        "noise makes it so. ‖δ‖: its root, 0 where it is negative; the standard error is that of ‖δ‖. Cosine of the stale "
+        "with the fresh gradient: a ratio of unbiased estimates, which noise takes beyond 1; none where a squared norm is "
+        "not estimated as positive. ESS: effective share of the groups, by which the next measurement chooses between fresh "
+        "rollouts (sampled) and weights (reweighted)."
     )
-    return [Text(said + "."), Folded(f"{len(rows)} measurements", [Table([*columns, "fresh gradient"], rows, caption)])]
+    table = Table([*columns, "detected", "ESS", "fresh gradient"], rows, caption)
+    return [Items(list(_said_of_bias(found))), Folded(f"{len(rows)} measurements", [table])]
+
+
+def _said_of_bias(found: Record) -> Iterable[tuple[str, str]]:
+    left_out = {
+        "without_lag": "without lag, where δ is 0",
+        "without_gradient": "where at most one block of prompts had a gradient (nearly all rewards equal)",
+        "not_finite": "not finite",
+    }
+    words = " and ".join(f"{found[kind]} {why}" for kind, why in left_out.items() if found[kind])
+    yield "Measurements", f"{found['measured']}" + (f"; nothing to measure in {words}: not counted below." if words else ".")
+    if not found["pooled"]:
+        return
+    times = found["relative_detection_limit_median"]
+    beside = "" if times is None else f", {times:.3g} times the root mean square of the fresh gradient"
+    yield (
+        "One by one",
+        f"told from none in {found['detected']} of {found['pooled']}, where chance alone does so in one of 20. One measurement "
+        f"sees a ‖δ‖ of {found['detection_limit_median']:.3g} (median of the detection limits) four times in five{beside}.",
+    )
+    yield "All together", _pooled_words(found)
+
+
+def _pooled_words(found: Record) -> str:
+    squared, fresh, ratio = (found[name] for name in ("norm_squared", "fresh_norm_squared", "relative_norm_squared"))
+    if squared["interval"] is None:
+        return "one measurement: no interval."
+    low, high = squared["interval"]
+    said = (
+        f"the mean of ‖δ‖² over these measurements, each of its own θ, is estimated as {squared['mean']:.3g} ± "
+        f"{squared['standard_error']:.2g} (standard error), {100 * LEVEL:g} % interval [{low:.3g}, {high:.3g}]; that of the "
+        f"squared fresh gradient as {fresh['mean']:.3g} ± {fresh['standard_error']:.2g}. "
+    )
+    if ratio["interval"] is None:
+        said += "The gradient itself cannot be told from 0, so that nothing is said of their ratio"
+    else:
+        said += f"Their ratio: {ratio['estimate']:.3g} [{ratio['interval'][0]:.3g}, {ratio['interval'][1]:.3g}]"
+    if low > 0:
+        return f"{said}. The first interval is above 0: together they tell the bias from none (by chance one run in 20)."
+    said += ". The first interval is not above 0: together they do not tell the bias from none"
+    if ratio["interval"] is None or ratio["interval"][1] <= 0:
+        return f"{said}."
+    largest = math.sqrt(ratio["interval"][1])
+    return f"{said}, nor exclude one of up to {largest:.2g} times the gradient (root mean squares)."
 
 
 def _evaluations(evaluations: Rows) -> Folded:
@@ -124,12 +167,15 @@ def _evaluations(evaluations: Rows) -> Folded:
             f"{row['step']}",
             _number(row["heldout_reward"]),
             str(sum(number for name, number in row.items() if name.startswith("verifier/"))),
-            "collapsed" if row["collapse/flag"] else _ABSENT,
+            "collapsed" if row["collapse/flag"] else "no",
         ]
         for row in evaluations
     ]
-    columns = ["updates", "held-out reward", "failed samples so far", "by the rule"]
-    return Folded(f"{len(rows)} evaluations", [Table(columns, rows)])
+    columns = ["updates", "held-out reward", "failed samples so far", "collapse"]
+    caption = (
+        "Collapse: whether the rewards up to there have fallen by config.rule, which is asked from the fourth evaluation on."
+    )
+    return Folded(f"{len(rows)} evaluations", [Table(columns, rows, caption)])
 
 
 def _warnings(config: Record, result: Record, updates: Rows) -> Iterable[str]:
@@ -149,7 +195,7 @@ def _limits(config: Record, result: Record, biases: Rows) -> Iterable[tuple[str,
         why = "bias.every is 0." if not config["bias"]["every"] else "no measurement was due yet."
         yield "Staleness bias", f"not measured: {why}"
     elif not result["bias"]["detected"]:
-        yield "Staleness bias", "never told from none: it lies below the detection limits, which is not to say that it is 0."
+        yield "Staleness bias", _unseen(result["bias"])
     if config["updates_per_batch"] > 1:
         reuse = f"each batch serves {config['updates_per_batch']} updates"
         yield "Independent data", f"{reuse}, so that the learner depends on its data; the bias leaves that out."
@@ -157,6 +203,14 @@ def _limits(config: Record, result: Record, biases: Rows) -> Iterable[tuple[str,
         yield "Drift from the behavior policy", "not measured in the parameters: replay of rollouts keeps no old ones."
     if not config["plan"]:
         yield "Predicted limit of the learning rate", "no plan was given (config.plan)."
+
+
+def _unseen(found: Record) -> str:
+    if not found["pooled"]:
+        return "no measurement had anything to measure."
+    times = found["relative_detection_limit_median"]
+    size = f"{times:.3g} times the fresh gradient" if times is not None else f"norm {found['detection_limit_median']:.3g}"
+    return f"no measurement told it from none, which is not to say that it is 0: the median detection limit is {size}."
 
 
 def _word(dotted: str) -> str:
