@@ -84,7 +84,8 @@ class TextTask:
         firsts = list(dict.fromkeys(group.tolist()))
         if isinstance(num_heldout, bool) or not isinstance(num_heldout, int) or not 1 <= num_heldout < len(firsts):
             raise ValueError(
-                f"num_heldout={num_heldout!r} must be an integer in 1..{len(firsts) - 1}, of {len(firsts)} prompts"
+                f"num_heldout={num_heldout!r} must be an integer in 1..{len(firsts) - 1}: the {len(group)} questions have "
+                f"{len(firsts)} different prompts, those that read the same count once"
             )
         chosen = np.random.default_rng(seed).choice(len(firsts), num_heldout, replace=False)
         heldout = np.isin(group, np.array(firsts)[chosen])
@@ -104,7 +105,8 @@ def make_text_task(
     """A `TextTask` from texts, checked at the door.
 
     A prompt keeps the *last* `prompt_length` tokens of its question (what is asked tends to stand at the end); an answer of
-    more than `max_length` tokens keeps the first ones and has no end token. Each is counted in one warning.
+    more than `max_length` tokens keeps the first ones and has no end token. Each is counted in one warning; where every answer
+    is cut, a warm start would never see one end, and that is an error.
 
     Args:
       name: what records and tables call it.
@@ -113,13 +115,15 @@ def make_text_task(
       answers: M reference completions.
       verify: (row, text) -> reward.
       prompt_length: P.
-      max_length: L, the end token included; a completion of L tokens is whole without one.
+      max_length: L, the end token included; a completion of L tokens is whole without one. Whole answers count, with all that
+        stands in them beside the result.
 
     Returns:
       The task.
 
     Raises:
-      ValueError: no question, an unequal number of answers, a length below 1, or a question without a token.
+      ValueError: no question, an unequal number of answers, a length below 1, a question without a token, or no answer of at
+        most `max_length` tokens.
 
     Example:
       >>> from jax_async_grpo.tasks import character_tokenizer
@@ -139,6 +143,13 @@ def make_text_task(
     if empty:
         raise ValueError(f"questions[{empty[0]}]={questions[empty[0]]!r} has no token")
     replies = [tokenizer.encode(answer) for answer in answers]
+    shortest, longest = min(map(len, replies)), max(map(len, replies))
+    if shortest > max_length:
+        lengths = f"{shortest} to {longest}" if shortest < longest else f"{longest}"
+        raise ValueError(
+            f"max_length={max_length} cuts every answer of {name}: they have {lengths} tokens, all that stands in them counts; "
+            f"take max_length={longest + 1} to keep them whole with their end token"
+        )
     _warn_of_cuts(name, "prompts", "prompt_length", prompt_length, encoded, "last")
     _warn_of_cuts(name, "answers", "max_length", max_length, replies, "first")
     prompts, prompt_mask = _pad([tokens[-prompt_length:][::-1] for tokens in encoded], prompt_length, tokenizer.pad_token)

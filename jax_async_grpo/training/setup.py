@@ -389,6 +389,7 @@ def _learner(config: Mapping[str, Any], policy: Policy, learning_rate, max_stale
     for key, trial in trials.items():
         with _refusals_of(config, key):
             trial()
+    optimizer = _optimizer(config, learning_rate)
     coupling = _coupling(loss_fn, tuple(known))
     if coupling == "batch" and config["accumulation_steps"] > 1:
         raise ValueError(
@@ -401,7 +402,7 @@ def _learner(config: Mapping[str, Any], policy: Policy, learning_rate, max_stale
         loss_fn=loss_fn,
         advantage_fn=advantage_fn,
         aggregation_fn=aggregation_fn,
-        optimizer=_optimizer(config, learning_rate),
+        optimizer=optimizer,
         coupling=coupling,
         accumulation_steps=config["accumulation_steps"],
         epsilons=tuple(epsilons.values()) if len(epsilons) == 2 else None,
