@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 import math
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +26,7 @@ __all__ = [
     "check_window",
     "first_line",
     "job_of",
+    "misnamed_options",
     "resolve",
 ]
 
@@ -34,6 +39,21 @@ _SIGNS = {
     "plan": {"anchors", "horizon_run", "sweep"},
     "train": {"num_prompts", "staleness", "denominator"},
 }
+# A right name for each kind of field, by the field's last part; those of other fields are losses.
+_EXAMPLES = {
+    "advantage": "jax_async_grpo.advantages.group_normalized",
+    "aggregation": "jax_async_grpo.aggregation.sequence_mean",
+    "before": "optax.clip_by_global_norm",
+    "control": "jax_async_grpo.control.limit_staleness_drift",
+    "correction": "jax_async_grpo.corrections.token_tis",
+    "loss": "jax_async_grpo.losses.ppo_clip",
+    "name": "optax.adam",
+    "optimizer": "optax.adam",
+    "policy": "jax_async_grpo.policies.decoder",
+    "schedule": "optax.cosine_decay_schedule",
+    "task": "jax_async_grpo.tasks.digit_text",
+}
+_CLOSE = 0.7  # similarity of names above which one is taken for a misspelling of the other
 
 
 def resolve(name: str, field: str) -> Any:
@@ -46,10 +66,49 @@ def resolve(name: str, field: str) -> Any:
     try:
         found = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, SyntaxError, ValueError) as error:
-        raise ValueError(f"config.{field} is {name!r}; it must be an importable dotted name ({error})") from None
+        reason = f" ({error})" if module_name else ""
+        hint = _right_name(str(name), field)
+        raise ValueError(f"config.{field} is {name!r}; it must be an importable dotted name{hint}{reason}") from None
     if not callable(found):
         raise ValueError(f"config.{field} is {name!r}; it must name a function, not a {type(found).__name__}")
     return found
+
+
+def misnamed_options(
+    function: Callable, options: Mapping[str, Any], field: str | None, *, filled: int = 0, taken: Sequence[str] = ()
+) -> str:
+    """What is wrong with the names of the options of a function that refused them; "" where the names are right.
+
+    Args:
+      function: it tells by its signature what it takes.
+      options: the keywords it was to get.
+      field: where these stand in the config, to say how to replace them all; None where they cannot be replaced alone.
+      filled: positional arguments that the job gives.
+      taken: keywords that it gives.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some builtins show none
+        return ""
+    positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    given = {*positional[:filled], *taken}
+    known = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name not in given]
+    names, required = [p.name for p in known], [p.name for p in known if p.default is p.empty]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    unknown = {} if takes_any else {name: _close(name, names) for name in options if name not in names}
+    missing = [name for name in required if name not in options]
+    if not unknown and not missing:
+        return ""
+    hints = {name: f" (did you mean {' or '.join(close)}?)" for name, close in unknown.items() if close}
+    hints |= {name: " (the job gives it)" for name in given}
+    asked = [f"{name}{hints.get(name, '')}" for name in unknown]
+    said = [f"there is no {', '.join(asked)}"] if asked else []
+    said += [f"it needs {', '.join(missing)}"] if missing else []
+    said.append(f"it takes {', '.join(names) or 'none'}{' and more' if takes_any else ''}")
+    if field and (missing or unknown.keys() - hints.keys()):
+        whole = ", ".join(f"{name!r}: {repr(options[name]) if name in options else '...'}" for name in required)
+        said.append(f'to replace all that stands there: --config.{field}="{{{whole}}}"')
+    return "; ".join(said)
 
 
 def job_of(config: Any) -> str | None:
@@ -116,9 +175,26 @@ def check_rule(rule: Any) -> None:
     try:
         CollapseRule(**rule)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"config.rule: {first_line(error)}") from None
+        raise ValueError(f"config.rule: {misnamed_options(CollapseRule, rule, None) or first_line(error)}") from None
 
 
 def first_line(error: BaseException) -> str:
     """Of an error's message."""
     return str(error).strip().split("\n")[0]
+
+
+def _close(name: str, names: Sequence[str]) -> list[str]:
+    return difflib.get_close_matches(name, names, n=2, cutoff=_CLOSE)
+
+
+def _right_name(name: str, field: str) -> str:
+    """What a name that cannot be resolved may be meant for, else an example for the field."""
+    example = _EXAMPLES.get(re.sub(r"\[\d+\]$", "", field).rpartition(".")[2], _EXAMPLES["loss"])
+    home, _, attribute = name.rpartition(".")
+    home = home or example.rpartition(".")[0]
+    if home == example.rpartition(".")[0]:
+        importlib.import_module(home)
+    module = sys.modules.get(home)  # one that could not be imported is not tried again
+    public = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"] if module else []
+    close = _close(attribute, public)
+    return f", did you mean {home}.{close[0]}?" if close else f" such as {example}"

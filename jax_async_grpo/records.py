@@ -30,6 +30,7 @@ import jax
 import numpy as np
 
 from jax_async_grpo import __version__
+from jax_async_grpo.config_checks import job_of
 
 __all__ = [
     "Workdir",
@@ -386,6 +387,9 @@ def _holds_same_run(path: Path, config: dict[str, Any], files: Sequence[str]) ->
         existing = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except ValueError:
         raise ValueError(f"workdir={path} holds a config.json that is not JSON; {advice}") from None
+    job = job_of(existing)
+    if job and job_of(config) not in (job, None):
+        raise ValueError(f"workdir={path} holds a run of launch.{job}; give another --workdir")
     there, here = _flat(existing), _flat(config)
     keys = [key for key in [*here, *(there.keys() - here.keys())] if there.get(key, _ABSENT) != here.get(key, _ABSENT)]
     if not keys:

@@ -69,7 +69,7 @@ def run(main: Callable[[], int | None]) -> None:
             key = _text(error).split("\n")[0].strip("\"'")
             override = _override_with(key, arguments)
             if override and (there := _siblings(override, key, arguments)):
-                _say(f"{override}: there is no {key}; there are {', '.join(there)}")
+                _say(f"{override}: there is no {key}; there are {', '.join(there)}{_given_whole(override, key)}")
             else:
                 _say(f"{override or 'the config file'}: {type(error).__name__}: {_last_line(error)}{_place(error)}")
         sys.exit(2)
@@ -248,6 +248,12 @@ def _siblings(override: str, key: str, arguments: list[str]) -> list[str]:
     for parent in path[: path.index(key)]:
         part = part.get(parent) if isinstance(part, (Mapping, ConfigDict)) else None
     return list(part) if isinstance(part, (Mapping, ConfigDict)) else []
+
+
+def _given_whole(override: str, key: str) -> str:
+    """How to give --config.task_options.tokenizer.path=v where options hold no `tokenizer` yet; "" where keys are fixed."""
+    before, found, rest = override.partition("=")[0].partition(f".{key}.")
+    return f"; to give it whole: {before}.{key}=\"{{'{rest}': ...}}\"" if found and before.endswith("options") else ""
 
 
 def _place(error: BaseException) -> str:

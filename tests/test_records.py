@@ -233,6 +233,17 @@ def test_another_config_is_refused_naming_keys_and_values(tmp_path):
     assert before == {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
 
 
+def test_a_run_of_another_job_is_named_by_its_job(tmp_path):
+    training = {"num_prompts": 8, "staleness": {}, "denominator": "recorded", "seed": 0}
+    bias = {"clip_level": 0.01, "cases": {}, "seed": 0}
+    records.open_workdir(tmp_path, bias)
+    with pytest.raises(ValueError, match=r"holds a run of launch\.measure_bias; give another --workdir$"):
+        records.open_workdir(tmp_path, training)
+    with pytest.raises(ValueError, match="holds another config: seed is 0 there and 1 here"):
+        records.open_workdir(tmp_path, bias | {"seed": 1})
+    assert not records.open_workdir(tmp_path, training, overwrite=True).resumed
+
+
 def test_overwrite_removes_the_files_of_the_job_and_no_others(tmp_path):
     workdir = records.open_workdir(tmp_path, CONFIG)
     workdir.append_metrics([{"step": 0}])

@@ -148,8 +148,8 @@ def test_what_is_cut_is_counted_once():
     with pytest.warns(UserWarning) as seen:
         task = text_task(None, questions=["1234567", "123", "12345"], answers=["abc", "ab", "a"], prompt_length=4, max_length=2)
     assert [str(warning.message) for warning in seen] == [
-        "planted: 2 of 3 prompts have more than prompt_length=4 tokens (up to 7), their last ones are kept",
-        "planted: 1 of 3 answers have more than max_length=2 tokens (up to 3), their first ones are kept",
+        "planted: 2 of 3 prompts have more than prompt_length=4 tokens (3 to 7): their last ones are kept",
+        "planted: 1 of 3 answers have more than max_length=2 tokens (1 to 3): a warm start sees their first ones and no end",
     ]
     assert [task.tokenizer.decode(row) for row in task.prompts] == ["4567", "123", "2345"]
     assert [task.tokenizer.decode(row) for row in task.targets] == ["ab", "ab", "a"]
@@ -192,10 +192,12 @@ def test_a_split_shares_no_question(seed):
 
 @pytest.mark.parametrize("num_heldout", [0, 3, 1.0, True])
 def test_splits_that_cannot_be(num_heldout):
-    with pytest.raises(ValueError, match=re.escape(f"num_heldout={num_heldout!r} must be an integer in 1..2, of 3 prompts")):
+    with pytest.raises(ValueError, match=re.escape(f"num_heldout={num_heldout!r} must be an integer in 1..2: ")):
         text_task(None).split(num_heldout, 0)
     with pytest.raises(ValueError, match=r"rows=\[3\] must be"):
         text_task(None).take([3])
+    with pytest.raises(ValueError, match="in 1..1: the 3 questions have 2 different prompts, .* the same count once"):
+        text_task(None, questions=["a", "b", "a"]).split(2, 0)
 
 
 # Verifiers
@@ -643,9 +645,28 @@ def test_bad_rows_are_named(tmp_path, reason):
     with pytest.warns(UserWarning) as seen:
         task = tasks.jsonl_task(path)
     (warning,) = seen
-    assert str(warning.message).startswith(f"2 bad rows are skipped, the first is {path}:2: {reason}")
-    assert "\n" not in str(warning.message) and len(task.questions) == 2
+    said = str(warning.message)
+    assert said.startswith(f"skipped 2 bad rows: {path}:2: {reason}") and f"; line 4: {reason}" in said
+    assert "\n" not in said and len(task.questions) == 2
     with pytest.raises(ValueError, match=re.escape(f"{path}:2: {reason}")):
+        tasks.jsonl_task(path, bad_rows="fatal")
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+def test_what_is_no_json_is_placed_by_its_line_in_the_file_and_its_column(tmp_path, ending):
+    (tmp_path / "rows.jsonl").write_bytes(json.dumps(GOOD).encode() + b'\n{"question": "q"' + ending)
+    with pytest.raises(ValueError) as error:
+        tasks.jsonl_task(tmp_path / "rows.jsonl", bad_rows="fatal")
+    assert "rows.jsonl:2: no JSON: Expecting ',' delimiter at column 17; bad_rows=" in str(error.value)
+    assert str(error.value).count("line") == 0
+
+
+def test_of_many_bad_rows_three_are_shown_and_twenty_listed(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [GOOD, *[BAD["no JSON"], GOOD] * 7])
+    with pytest.warns(UserWarning, match="skipped 7 bad rows: .*rows.jsonl:2: .*; line 4: .*; line 6: .*; also 8, 10, 12, 14$"):
+        tasks.jsonl_task(path)
+    write_rows(path, [BAD["no JSON"]] * 25)
+    with pytest.raises(ValueError, match="^25 bad rows: .*; also 4, 5, .*, 23 and 2 more; bad_rows='skip'"):
         tasks.jsonl_task(path, bad_rows="fatal")
 
 
@@ -653,6 +674,8 @@ def test_files_refuse(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [b"", b"no"])
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="rows.jsonl has no good row"):
         tasks.jsonl_task(path)
+    with pytest.warns(UserWarning, match=r"mine: 1 of 1 answers .*max_length=4 tokens \(25 to 25\): a warm start sees"):
+        tasks.jsonl_task(write_rows(path, [GOOD]), max_length=4, name="mine")
     for options in ({"bad_rows": "ignore"}, {"num_prompts": 0}, {"num_prompts": 2.0}):
         ((name, value),) = options.items()
         with pytest.raises(ValueError, match=re.escape(f"{name}={value!r} must be")):

@@ -15,6 +15,9 @@ from jax_async_grpo.tasks.tokenizers import Tokenizer, character_tokenizer
 
 __all__ = ["jsonl_task"]
 
+_SHOWN = 3  # bad rows said in full
+_LISTED = 20  # further ones of which the line is said
+
 
 class _Row(NamedTuple):
     question: str
@@ -44,10 +47,10 @@ def jsonl_task(
       question_key: of the question in a row.
       answer_key: of the answer.
       bad_rows: "skip" leaves out rows that are no JSON object, lack a text or "####", or whose reference cannot be compared,
-        with one warning that counts them and names the first; "fatal" raises at the first.
+        with one warning that counts them and says their lines; "fatal" raises the same.
       num_prompts: M, the first good rows; None for all.
       prompt_length: P, in tokens; of longer questions the last tokens are kept.
-      max_length: L, in tokens; longer answers are cut for the warm start.
+      max_length: L, in tokens, of completions and of whole answers, "####" included; longer answers are cut for the warm start.
       tokenizer: None for `character_tokenizer()`.
       name: None for the file's name.
 
@@ -65,7 +68,7 @@ def jsonl_task(
         raise ValueError(f"num_prompts={num_prompts!r} must be None or an integer of at least 1")
     path = Path(path).expanduser()
     rows: list[_Row] = []
-    complaints: list[str] = []
+    complaints: dict[int, str] = {}
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if num_prompts is not None and len(rows) == num_prompts:
@@ -75,11 +78,11 @@ def jsonl_task(
             try:
                 rows.append(_read_row(line, question_key, answer_key))
             except ValueError as error:
-                complaints.append(f"{path}:{number}: {error}")
-                if bad_rows == "fatal":
-                    raise ValueError(f"{complaints[0]}; bad_rows='skip' leaves such rows out") from error
+                complaints[number] = str(error)
+    if complaints and bad_rows == "fatal":
+        raise ValueError(f"{_said_of_bad_rows(path, complaints)}; bad_rows='skip' leaves such rows out")
     if complaints:
-        warnings.warn(f"{len(complaints)} bad rows are skipped, the first is {complaints[0]}", stacklevel=2)
+        warnings.warn(f"skipped {_said_of_bad_rows(path, complaints)}", stacklevel=2)
     if not rows or (num_prompts is not None and len(rows) < num_prompts):
         raise ValueError(
             f"{path} has {len(rows)} good rows, num_prompts={num_prompts} needs more" if rows else f"{path} has no good row"
@@ -95,12 +98,24 @@ def jsonl_task(
     )
 
 
+def _said_of_bad_rows(path: Path, complaints: dict[int, str]) -> str:
+    """How many there are, what is wrong with the first ones, and the lines of the others."""
+    lines = list(complaints)
+    said = f"{path}:" + "; line ".join(f"{number}: {complaints[number]}" for number in lines[:_SHOWN])
+    others, count = lines[_SHOWN : _SHOWN + _LISTED], len(lines)
+    more = f"; also {', '.join(map(str, others))}" if others else ""
+    unsaid = f" and {count - _SHOWN - _LISTED} more" if count > _SHOWN + _LISTED else ""
+    return f"{count} bad row{'s' * (count > 1)}: {said}{more}{unsaid}"
+
+
 def _read_row(line: bytes, question_key: str, answer_key: str) -> _Row:
     """ValueError says what is wrong with the line."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        row = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except RecursionError as error:
         raise ValueError("no JSON: nested too deeply") from error
+    except json.JSONDecodeError as error:  # its own text counts lines within this one
+        raise ValueError(f"no JSON: {error.msg} at column {error.colno}") from error
     except ValueError as error:
         raise ValueError(f"no JSON: {error}") from error
     if not isinstance(row, dict):

@@ -84,7 +84,8 @@ class TextTask:
         firsts = list(dict.fromkeys(group.tolist()))
         if isinstance(num_heldout, bool) or not isinstance(num_heldout, int) or not 1 <= num_heldout < len(firsts):
             raise ValueError(
-                f"num_heldout={num_heldout!r} must be an integer in 1..{len(firsts) - 1}, of {len(firsts)} prompts"
+                f"num_heldout={num_heldout!r} must be an integer in 1..{len(firsts) - 1}: the {len(group)} questions have "
+                f"{len(firsts)} different prompts, those that read the same count once"
             )
         chosen = np.random.default_rng(seed).choice(len(firsts), num_heldout, replace=False)
         heldout = np.isin(group, np.array(firsts)[chosen])
@@ -113,13 +114,14 @@ def make_text_task(
       answers: M reference completions.
       verify: (row, text) -> reward.
       prompt_length: P.
-      max_length: L, the end token included; a completion of L tokens is whole without one.
+      max_length: L, the end token included; a completion of L tokens is whole without one. Whole answers count, with all that
+        stands in them beside the result.
 
     Returns:
       The task.
 
     Raises:
-      ValueError: no question, an unequal number of answers, a length below 1, or a question without a token.
+      ValueError: no question, an unequal number of answers, a length below 1, a question without a token.
 
     Example:
       >>> from jax_async_grpo.tasks import character_tokenizer
@@ -139,8 +141,10 @@ def make_text_task(
     if empty:
         raise ValueError(f"questions[{empty[0]}]={questions[empty[0]]!r} has no token")
     replies = [tokenizer.encode(answer) for answer in answers]
-    _warn_of_cuts(name, "prompts", "prompt_length", prompt_length, encoded, "last")
-    _warn_of_cuts(name, "answers", "max_length", max_length, replies, "first")
+    _warn_of_cuts(name, "prompts", "prompt_length", prompt_length, encoded, "their last ones are kept")
+    # Fine for a policy that may answer more briefly; learnt from, such answers never end.
+    cut = "a warm start sees their first ones and no end"
+    _warn_of_cuts(name, "answers", "max_length", max_length, replies, cut)
     prompts, prompt_mask = _pad([tokens[-prompt_length:][::-1] for tokens in encoded], prompt_length, tokenizer.pad_token)
     ended = [np.append(tokens, tokenizer.end_token)[:max_length] for tokens in replies]
     targets, target_mask = _pad(ended, max_length, tokenizer.pad_token)
@@ -148,14 +152,13 @@ def make_text_task(
     return TextTask(name, tokenizer, questions, answers, *arrays, verify)
 
 
-def _warn_of_cuts(name: str, what: str, argument: str, length: int, rows: Sequence[np.ndarray], kept: str) -> None:
+def _warn_of_cuts(name: str, what: str, argument: str, length: int, rows: Sequence[np.ndarray], effect: str) -> None:
     lengths = [len(tokens) for tokens in rows]
     longer = sum(count > length for count in lengths)
     if longer:
+        have = f"{min(lengths)} to {max(lengths)}"
         warnings.warn(
-            f"{name}: {longer} of {len(rows)} {what} have more than {argument}={length} tokens (up to {max(lengths)}), "
-            f"their {kept} ones are kept",
-            stacklevel=3,
+            f"{name}: {longer} of {len(rows)} {what} have more than {argument}={length} tokens ({have}): {effect}", stacklevel=3
         )
 
 

@@ -5,10 +5,11 @@ What the keys mean stands in `configs/train_arithmetic.py`. Config values that a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,16 @@ import optax
 from jax.sharding import Mesh
 
 from jax_async_grpo import corrections, estimation, records
-from jax_async_grpo.config_checks import check_integer, check_keys, check_mapping, check_number, check_rule, first_line, resolve
+from jax_async_grpo.config_checks import (
+    check_integer,
+    check_keys,
+    check_mapping,
+    check_number,
+    check_rule,
+    first_line,
+    misnamed_options,
+    resolve,
+)
 from jax_async_grpo.separability import check_coupling, named_parameters
 from jax_async_grpo.tasks import TextTask, Verifiers, load_tokenizer
 from jax_async_grpo.training.lag import LagPlan, make_lag_plan
@@ -34,6 +44,13 @@ DENOMINATORS = ("recorded", "recomputed", "learner")
 PRECISIONS = ("float32", "float64")
 _MAX_SEED = 2**32 - 1
 _LEAST_SAMPLING = 1e-6  # far below, logits overflow and a nucleus is empty in float32
+# What the job itself gives the functions of a config: so many positional arguments, and these keywords to those that want them.
+_FILLED = {"loss": 4, "advantage": 1, "aggregation": 2, "policy": 1}
+_GIVEN = {
+    "loss": ("behavior_logprobs", "detached_logprobs"),
+    "correction": ("logprobs", "old_logprobs", "advantages", "mask", "behavior_logprobs", "detached_logprobs"),
+    "optimizer.name": ("learning_rate",),
+}
 _COUPLING_TOLERANCE = 1e-4  # below what `estimation` refuses
 _TOP_KEYS = (
     "seed precision num_updates num_prompts group_size updates_per_batch accumulation_steps staleness replay ring loss "
@@ -139,15 +156,11 @@ def build(config: Mapping[str, Any]) -> TrainJob:
     """The objects of a run; the task is made here, and its verifiers started.
 
     Raises:
-      ValueError: as `validate`; a factory that refuses its options; a mesh that the devices do not allow.
+      ValueError: as `validate`; a factory that refuses its options; a mesh or a kind of memory that the devices do not have.
     """
     validate(config)
     mesh = make_mesh(**config["mesh"])
-    kinds = sorted(memory.kind for memory in jax.devices()[0].addressable_memories())
-    if config["ring"]["memory_kind"] not in ("", *kinds):
-        raise ValueError(
-            f"config.ring.memory_kind is {config['ring']['memory_kind']!r}; it must be '' or one of {', '.join(kinds)}"
-        )
+    _check_memory_kind(config["ring"]["memory_kind"])
     part = config["num_prompts"] // config["accumulation_steps"]
     if part % mesh.size:
         raise ValueError(
@@ -212,7 +225,7 @@ def describe(job: TrainJob, ring_bytes: int, num_parameters: int) -> str:
         limit = f"eta_80 = {job.predicted_limit:.3g}, head-room {headroom:.2g}x"
         limit += "" if headroom >= 2 else ": use at most half"
     lines = {
-        "task": f"{job.train_task.name}, {len(job.train_task.questions)} questions, {len(job.heldout_task.questions)} held out",
+        "task": _said_of_task(job),
         "policy": f"{str(config['policy']).rpartition('.')[2]}, {num_parameters:,} parameters",
         "batch": f"{config['num_prompts']} prompts x {config['group_size']} completions",
         "staleness": f"{config['staleness']['schedule']}, S = {S}, replay of {config['replay']}",
@@ -231,6 +244,12 @@ def describe(job: TrainJob, ring_bytes: int, num_parameters: int) -> str:
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
 
 
+def _said_of_task(job: TrainJob) -> str:
+    rows, different = len(job.heldout_task.questions), job.config["num_heldout"]
+    repeats = f" ({different} different ones and their repeats)" if rows > different else ""
+    return f"{job.train_task.name}, {len(job.train_task.questions)} questions, {rows} held out{repeats}"
+
+
 def _at(config: Mapping[str, Any], field: str) -> Any:
     return functools.reduce(lambda part, key: part[key], field.split("."), config)
 
@@ -247,6 +266,11 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     if config["num_prompts"] % config["accumulation_steps"]:
         raise ValueError(
             f"config.accumulation_steps is {config['accumulation_steps']}; it must divide num_prompts = {config['num_prompts']}"
+        )
+    if config["updates_per_batch"] > config["num_updates"]:
+        raise ValueError(
+            f"config.updates_per_batch is {config['updates_per_batch']} and num_updates {config['num_updates']}: the run would "
+            "end within its first batch; lower updates_per_batch or raise num_updates"
         )
     if config["bias"]["every"] and config["num_prompts"] % config["bias"]["num_blocks"]:
         raise ValueError(
@@ -267,6 +291,16 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
     )  # fmt: skip
 
 
+def _check_memory_kind(kind: str) -> None:
+    device = jax.devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if kind not in ("", *kinds):
+        raise ValueError(
+            f"config.ring.memory_kind is {kind!r}; a {device.platform} device has {', '.join(kinds)}, and '' is where the "
+            "parameters are"
+        )
+
+
 def _with_tokenizer(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options with `tokenizer` read: the path of a tokenizer.json, or arguments of `tasks.load_tokenizer`; "" is none."""
     options = dict(options)
@@ -276,7 +310,9 @@ def _with_tokenizer(options: Mapping[str, Any]) -> dict[str, Any]:
             named = {"path": given} if isinstance(given, str) else dict(given)
             options["tokenizer"] = load_tokenizer(**named) if given else None
         except (TypeError, ValueError, ImportError) as error:
-            raise ValueError(f"config.task_options.tokenizer: {first_line(error)}") from None
+            field = "task_options.tokenizer"
+            said = misnamed_options(load_tokenizer, named, field) or first_line(error)
+            raise ValueError(f"config.{field}: {said}") from None
     return options
 
 
@@ -301,13 +337,26 @@ def _check_meaning(config: Mapping[str, Any]) -> None:
         )
 
 
+@contextlib.contextmanager
+def _refusals(field: str, name: str, options: Mapping[str, Any], options_field: str | None) -> Iterator[None]:
+    """What the function of a field says against its options within the block, in one line with the names it takes."""
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        given = dict(filled=_FILLED.get(field, 0), taken=_GIVEN.get(field, ()))
+        said = misnamed_options(resolve(name, field), options, options_field, **given) or first_line(error)
+        raise ValueError(f"config.{field} ({name}) refuses its options: {said}") from None
+
+
+def _refusals_of(config: Mapping[str, Any], key: str):
+    return _refusals(key, config[key], config[f"{key}_options"], f"{key}_options")
+
+
 def _call(config: Mapping[str, Any], key: str, *arguments) -> Any:
     """config[key] called with its options, in one line where it refuses them."""
     factory = resolve(config[key], key)
-    try:
+    with _refusals_of(config, key):
         return factory(*arguments, **dict(config[f"{key}_options"]))
-    except (TypeError, ValueError, ImportError, OSError) as error:
-        raise ValueError(f"config.{key} ({config[key]}) refuses its options: {first_line(error)}") from None
 
 
 def _function(config: Mapping[str, Any], key: str) -> Callable:
@@ -319,19 +368,22 @@ def _learning_rate(config: Mapping[str, Any]) -> float | Callable:
     part = config["optimizer"]
     if not part["schedule"]:
         return part["learning_rate"]
-    factory = resolve(part["schedule"], "optimizer.schedule")
-    try:
+    field = "optimizer.schedule"
+    factory = resolve(part["schedule"], field)
+    with _refusals(field, part["schedule"], part["schedule_options"], f"{field}_options"):
         factors = factory(**dict(part["schedule_options"]))
         float(factors(0))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"config.optimizer.schedule ({part['schedule']}) refuses its options: {first_line(error)}") from None
     return lambda step: part["learning_rate"] * factors(step)
 
 
 def _learner(config: Mapping[str, Any], policy: Policy, learning_rate, max_staleness: int) -> Learner:
     loss_fn = _function(config, "loss")
+    with _refusals_of(config, "loss"):
+        inspect.signature(loss_fn)  # shows names that it has not
     if config["correction"]:
-        loss_fn = corrections.corrected(loss_fn, _function(config, "correction"))
+        correction_fn = _function(config, "correction")
+        with _refusals_of(config, "correction"):
+            loss_fn = corrections.corrected(loss_fn, correction_fn)
     advantage_fn, aggregation_fn = _function(config, "advantage"), _function(config, "aggregation")
     rows, token = jax.ShapeDtypeStruct((2, config["group_size"]), jnp.float32), jax.ShapeDtypeStruct((2, 3), jnp.float32)
     known = {name: token for name in ("behavior_logprobs",) if name in named_parameters(loss_fn)}
@@ -341,10 +393,9 @@ def _learner(config: Mapping[str, Any], policy: Policy, learning_rate, max_stale
         "aggregation": lambda: jax.eval_shape(lambda x: aggregation_fn(x, None).mean(), token),
     }
     for key, trial in trials.items():
-        try:
+        with _refusals_of(config, key):
             trial()
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"config.{key} ({config[key]}) refuses its options: {first_line(error)}") from None
+    optimizer = _optimizer(config, learning_rate)
     coupling = _coupling(loss_fn, tuple(known))
     if coupling == "batch" and config["accumulation_steps"] > 1:
         raise ValueError(
@@ -357,7 +408,7 @@ def _learner(config: Mapping[str, Any], policy: Policy, learning_rate, max_stale
         loss_fn=loss_fn,
         advantage_fn=advantage_fn,
         aggregation_fn=aggregation_fn,
-        optimizer=_optimizer(config, learning_rate),
+        optimizer=optimizer,
         coupling=coupling,
         accumulation_steps=config["accumulation_steps"],
         epsilons=tuple(epsilons.values()) if len(epsilons) == 2 else None,
@@ -397,15 +448,15 @@ def _optimizer(config: Mapping[str, Any], learning_rate) -> optax.GradientTransf
     part, chain = config["optimizer"], []
     if not isinstance(part["before"], Sequence) or any(len(entry) != 2 for entry in part["before"]):
         raise ValueError("config.optimizer.before must be pairs (dotted name of an optax transformation, its options)")
-    steps = [(f"before[{k}]", name, dict(options)) for k, (name, options) in enumerate(part["before"])]
-    steps.append(("name", part["name"], {"learning_rate": learning_rate, **dict(part["options"])}))
+    steps = [(f"optimizer.before[{k}]", name, dict(options), None, {}) for k, (name, options) in enumerate(part["before"])]
+    given = {"learning_rate": learning_rate}
+    steps.append(("optimizer.name", part["name"], dict(part["options"]), "optimizer.options", given))
     if part["control"]:
-        steps.append(("control", part["control"], dict(part["control_options"])))
-    for key, name, options in steps:
-        try:
-            chain.append(resolve(name, f"optimizer.{key}")(**options))
-        except TypeError as error:
-            raise ValueError(f"config.optimizer.{key} ({name}) refuses its options: {first_line(error)}") from None
+        steps.append(("optimizer.control", part["control"], dict(part["control_options"]), "optimizer.control_options", {}))
+    for field, name, options, options_field, given in steps:
+        factory = resolve(name, field)
+        with _refusals(field, name, options, options_field):
+            chain.append(factory(**given, **options))
     return optax.chain(*chain)
 
 
