@@ -26,8 +26,7 @@ class Stop:
     """True once SIGTERM or Ctrl-C asked the run to end, which it does after the update it is in.
 
     Attributes:
-      is_saving: there are updates, and what is done by then is saved; the loop of updates sets it.
-      code: the exit code for it: 130 after Ctrl-C; after SIGTERM 0, or 143 where nothing was saved.
+      is_saving: there are updates, and what is done by then is saved; whoever runs them sets it.
     """
 
     def __init__(self):
@@ -39,12 +38,15 @@ class Stop:
 
     @property
     def code(self) -> int:
+        """The exit code for it: 130 after Ctrl-C; after SIGTERM 0, or 143 where nothing was saved."""
         return 0 if self._number is None or (self._number == signal.SIGTERM and self.is_saving) else 128 + self._number
 
     def ask(self, number: int, frame) -> None:
-        """The signal handler; a second Ctrl-C interrupts at once."""
+        """The signal handler; a second Ctrl-C interrupts at once, a second SIGTERM asks for nothing new."""
         if self and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self:
+            return
         self._number = number
         what = "after this update, saving" if self.is_saving else "before the first update"
         with contextlib.suppress(RuntimeError):  # it came while a line was being written
@@ -126,7 +128,7 @@ class Monitor:
                 self._next_line = now + _SECONDS_BETWEEN_LINES
             return
         if self._bar is None:  # only now, so that the time left is told without that of compiling
-            self._bar = tqdm(total=self._total, initial=step, unit="update", dynamic_ncols=True)
+            self._bar = tqdm(desc=reward, total=self._total, initial=step, unit="update", dynamic_ncols=True)
         self._bar.set_description(reward, refresh=False)  # in front, where a narrow terminal shows it
         self._bar.set_postfix_str(rest, refresh=False)
         self._bar.update()
