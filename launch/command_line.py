@@ -13,6 +13,7 @@ import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+import launch
 from jax_async_grpo import config_checks, invariants, records
 
 __all__ = [
@@ -47,6 +49,14 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan, measure nothing."
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start afresh in a workdir that holds another run; other files stay.")
 
 _interrupted = threading.Event()
+_HELP = {"help", "helpshort", "helpfull", "helpxml", "?"}
+# What an error about the type of a value says, and what it means; others are said as they are.
+_TYPES = {
+    "invalid literal for int()": "an integer",
+    "to float": "a number",
+    "Non-boolean": "true or false",
+    "as a ConfigDict": "a dict, as \"{'key': value}\"",
+}
 _BROKEN_PIPE = 128 + signal.SIGPIPE  # as of a program that the signal ends: `| head` has seen enough
 
 
@@ -56,15 +66,17 @@ def run(main: Callable[[], int | None]) -> None:
     A ValueError is the user's to mend, and so is an OSError (a full disk), so its one line is the whole message, and
     `--verbosity=1` adds the traceback; anything else is ours and keeps it. A warning is one line too. Ctrl-C ends with code
     130, and where `main` is the program, at once. Where whoever reads the output has gone, it ends in silence with code 141.
+    --help ends with 0.
     """
 
     def parse(arguments: list[str]) -> list[str]:
         try:
             return flags.FLAGS(arguments)
         except flags.Error as error:
-            message = _last_line(error)
-            override = re.match(r"flag --\w+\.", message)
-            _say(f"{message}; {'the config file says what it may be' if override else '--help lists the flags'}")
+            _say(_refusal(_last_line(error)))
+        except SystemExit as stop:
+            asked = any(argument.lstrip("-").partition("=")[0] in _HELP for argument in arguments[1:])
+            raise SystemExit(0 if asked else stop.code) from None
         except Exception as error:  # a config file is a program: anything can go wrong in it
             key = _text(error).split("\n")[0].strip("\"'")
             override = _override_with(key, arguments)
@@ -104,6 +116,8 @@ def run(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # what a terminal of ASCII cannot show is no reason to stop
     _interrupted.clear()
     handler, formatter = signal.signal(signal.SIGINT, interrupt), warnings.formatwarning
+    if signal.getsignal(signal.SIGTERM) is launch.leave:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # at once, also in the midst of a compiled program
     warnings.formatwarning = _one_line
     try:
         app.run(call, flags_parser=parse)
@@ -133,11 +147,15 @@ def config_of_job(example: str, *, job: str = "", instead: str = "", spread: boo
     `precision="float32"`. With `spread` every core is a device of its own, over which sweeps spread their runs.
 
     Raises:
-      ValueError: --config is missing, or --workdir without --dry_run, naming `example`; what `read_config` raises; the config
-        is that of another launch script than `job`.
+      ValueError: --config is missing, for which `example` is named, or --workdir without --dry_run; the workdir is a file; what
+        `read_config` raises; the config is that of another launch script than `job`.
     """
-    if not CONFIG.present or not (WORKDIR.value or DRY_RUN.value):
-        raise ValueError(f"give --config={example} and --workdir=DIR (or --dry_run){instead}")
+    missing = [] if CONFIG.present else [f"--config={example}"]
+    missing += [] if WORKDIR.value or DRY_RUN.value else ["--workdir=DIR (or --dry_run)"]
+    if missing:
+        raise ValueError(f"give {' and '.join(missing)}{'' if CONFIG.present else instead}")
+    if WORKDIR.value and Path(WORKDIR.value).is_file():
+        raise ValueError(f"--workdir={WORKDIR.value} is a file; give a folder")
     config = read_config(CONFIG)
     other = config_checks.job_of(config)
     if job and other not in (job, None):
@@ -224,6 +242,15 @@ def _one_line(message, *_) -> str:
 
 def _say(message: str) -> None:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _refusal(message: str) -> str:
+    """Of a flag: what is wrong with it and how to mend it; an override of the config as the checks of a config say it."""
+    override = re.match(r"flag (--\w+\..*?): ", message)
+    if not override:
+        return f"{message}; --help lists the flags"
+    wanted = next((kind for sign, kind in _TYPES.items() if sign in message), None)
+    return f"{override[1]} must be {wanted}" if wanted else f"{message}; the config file says what it may be"
 
 
 def _text(error: BaseException) -> str:

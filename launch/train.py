@@ -22,17 +22,21 @@ flags.adopt_module_key_flags(command_line)  # --help shows them
 
 def main() -> int:
     config = command_line.config_of_job("configs/train_arithmetic.py", job="train")
-    job = training.build(config)  # before the workdir, which would keep a config that cannot run
-    if command_line.DRY_RUN.value:
-        print(training.describe(job, *training.sizes(job)))
-        return 0
-    folder = Path(command_line.WORKDIR.value)
-    with workdir_lock.workdir_lock(folder), training_monitor.stop_signals() as stop:
-        if command_line.OVERWRITE.value and (folder / "checkpoints").exists():
-            shutil.rmtree(folder / "checkpoints")  # before the new config stands there, which they would pass for
-        workdir = command_line.open_workdir(config, training.FIGURES)
-        print(training.describe(job, *training.sizes(job)), flush=True)
-        return _train(job, workdir, stop)
+    with training_monitor.stop_signals() as stop:
+        command_line.check_interrupt()
+        job = training.build(config)  # before the workdir, which would keep a config that cannot run
+        if stop:
+            return stop.code
+        if command_line.DRY_RUN.value:
+            print(training.describe(job, *training.sizes(job)))
+            return 0
+        folder = Path(command_line.WORKDIR.value)
+        with workdir_lock.workdir_lock(folder), command_line.told_where_it_stops(folder):
+            if command_line.OVERWRITE.value and (folder / "checkpoints").exists():
+                shutil.rmtree(folder / "checkpoints")  # before the new config stands there, which they would pass for
+            workdir = command_line.open_workdir(config, training.FIGURES)
+            print(training.describe(job, *training.sizes(job)), flush=True)
+            return _train(job, workdir, stop)
 
 
 def _train(job: training.TrainJob, workdir: records.Workdir, stop: training_monitor.Stop) -> int:
@@ -40,27 +44,34 @@ def _train(job: training.TrainJob, workdir: records.Workdir, stop: training_moni
     with Checkpoints(workdir.path / "checkpoints", **kept) as checkpoints, training_monitor.Monitor(job, workdir) as monitor:
         try:
             trainer = training.Trainer(job, workdir, checkpoints, monitor.on_row, lambda: bool(stop))
-            monitor.started_at(trainer.progress.step)
-            done = trainer.run()
+            was_complete, stop.is_saving = trainer.is_complete, True
+            if not was_complete:
+                monitor.started_at(trainer.progress.step, is_resumed=trainer.is_resumed)
+                trainer.run()
         except training.Stopped as error:
             print(f"stopped: {error}", file=sys.stderr)
             return stop.code
-        except training.BadUpdates as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        except HangingVerifiers as error:
-            print(f"error: {' '.join(str(error).split())}; the same command then goes on", file=sys.stderr)
-            return 2
+        except (training.BadUpdates, HangingVerifiers) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1 if isinstance(error, training.BadUpdates) else 2
     rows = workdir.read_metrics()
-    workdir.write_summary(training.summary(rows, records.versions()))
-    title = f"{job.train_task.name}, S = {job.config['staleness']['max']}, η = {job.config['optimizer']['learning_rate']:g}"
-    written = [workdir.path / "summary.json", *training.figure(rows, workdir.path, title)]
-    if not done:
+    written = _write_results(job, workdir, rows, only_missing=was_complete)
+    if not trainer.is_complete:
         said = f"stopped after update {trainer.progress.step}: all is saved; the same command goes on from there."
         print(said, file=sys.stderr)
         return stop.code
-    print(training.last_line(rows), "", *written, sep="\n")
+    done = f"already complete: {trainer.progress.step} updates, " if was_complete else ""
+    print(f"{done}{training.last_line(rows)}", *(["", *written] if written else []), sep="\n")
     return 0
+
+
+def _write_results(job: training.TrainJob, workdir: records.Workdir, rows: list[dict], *, only_missing: bool) -> list[Path]:
+    """summary.json and the figures; the files that were written."""
+    names = ("summary.json", *training.FIGURES)
+    if only_missing and all((workdir.path / name).exists() for name in names):
+        return []
+    workdir.write_summary(training.summary(rows, records.versions()))
+    return [workdir.path / "summary.json", *training.figure(rows, workdir.path, training.title(job.config))]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from jax_async_grpo import records, training, workdir_lock
 from jax_async_grpo.checkpoint import Checkpoints
 from jax_async_grpo.tasks import digit_text
-from jax_async_grpo.training import monitor
+from jax_async_grpo.training import monitor as training_monitor
 from launch import command_line
 from launch import train as launch_train
 
@@ -90,7 +90,16 @@ def test_bias_is_zero_without_lag_and_comes_with_its_detection_limit(finished, t
 def test_the_same_command_again_changes_nothing_and_another_config_is_refused(finished):
     folder, _ = finished
     before = (folder / "metrics.jsonl").read_bytes()
-    assert job(CONFIG, f"--workdir={folder}")[0] == 0 and (folder / "metrics.jsonl").read_bytes() == before
+    held = {path for path in folder.rglob("*") if path.is_file()}
+    opened = ("config.json", "metrics.jsonl", ".lock")  # though what they hold stays
+    files = {path: path.stat().st_mtime_ns for path in held if path.name not in opened}
+    code, said, _ = job(CONFIG, f"--workdir={folder}")
+    assert code == 0 and "\nalready complete: 10 updates, held-out reward" in said and "train.png" not in said
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+    assert held == {path for path in folder.rglob("*") if path.is_file()} and (folder / "metrics.jsonl").read_bytes() == before
+    (folder / "train.png").unlink()
+    assert "train.png" in job(CONFIG, f"--workdir={folder}")[1] and (folder / "train.png").exists()
+    assert (folder / "metrics.jsonl").read_bytes() == before
     code, _, error = job(CONFIG, f"--workdir={folder}", "--config.seed=5")
     assert code == 2 and "holds another config: seed is 0 there and 5 here" in error
     with workdir_lock.workdir_lock(folder):
@@ -226,7 +235,8 @@ def test_a_full_disk_is_one_line_and_loses_nothing(tmp_path, monkeypatch):
     code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}")
     assert code == 2 and "No space left on device" in error and "Traceback" not in error
     monkeypatch.undo()
-    assert job(CONFIG, f"--workdir={tmp_path / 'run'}")[0] == 0
+    code, said, _ = job(CONFIG, f"--workdir={tmp_path / 'run'}")
+    assert code == 0 and "\ngoing on from update 5 of 10\n" in said and "warm start" not in said
     whole = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in whole if row["kind"] == "update"] == list(range(10))
 
@@ -238,10 +248,10 @@ def test_a_disk_that_is_full_for_tensorboard_is_an_error_and_no_standstill(tmp_p
     def write_event(*_):
         raise OSError(28, "No space left on device")
 
-    job_of_it = types.SimpleNamespace(config=dict(num_prompts=1, group_size=2, num_updates=9))
+    job_of_it = types.SimpleNamespace(config=dict(num_prompts=1, group_size=2, num_updates=9, warm_start={}))
     row = {"kind": "evaluation", "step": 0} | {f"metric/{k}": 1.0 for k in range(30)}
     with (
-        monitor.Monitor(job_of_it, records.Workdir(tmp_path, False)) as shown,
+        training_monitor.Monitor(job_of_it, records.Workdir(tmp_path, False)) as shown,
         pytest.raises(OSError, match="is the disk full"),
     ):
         shown.started_at(0)
@@ -249,6 +259,55 @@ def test_a_disk_that_is_full_for_tensorboard_is_an_error_and_no_standstill(tmp_p
         for _ in range(100):
             shown.on_row(row | {"heldout_reward": 0.0})
             time.sleep(0.01)
+
+
+def signals(monkeypatch, kind: str, *numbers: int) -> None:
+    """Sends this process the signals when the first record of that kind is made."""
+    inner, waiting = training_monitor.Monitor.on_row, list(numbers)
+
+    def on_row(self, row):
+        inner(self, row)
+        while row["kind"] == kind and waiting:
+            os.kill(os.getpid(), waiting.pop(0))
+
+    monkeypatch.setattr(training_monitor.Monitor, "on_row", on_row)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_in_the_warm_start_says_that_nothing_is_saved(tmp_path, monkeypatch, number, code):
+    signals(monkeypatch, "warm_start", number)
+    stopped = job(CONFIG, f"--workdir={tmp_path / 'run'}")
+    assert stopped[0] == code and "saving" not in stopped[2] and "all is saved" not in stopped[2]
+    assert "stopped: nothing is saved before the first update; the same command begins again\n" in stopped[2]
+
+
+def test_a_second_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch):
+    signals(monkeypatch, "update", signal.SIGINT, signal.SIGINT)
+    code, _, error = job(CONFIG, f"--workdir={tmp_path / 'run'}")
+    assert code == 130 and "the same command goes on from there" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_ctrl_c_while_the_job_is_built_is_never_lost(tmp_path, monkeypatch, when):
+    """Also one that a library swallowed, before the run has its own handler."""
+    inner = training.build if when == "during" else command_line.config_of_job
+
+    def interrupted(*arguments, **options):
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        return inner(*arguments, **options)
+
+    monkeypatch.setattr(*((training, "build") if when == "during" else (command_line, "config_of_job")), interrupted)
+    code, said, error = job(CONFIG, f"--workdir={tmp_path / 'run'}")
+    words = "stopping before the first update" if when == "during" else "Interrupted."
+    assert code == 130 and not said and words in error and "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_workdir_that_is_a_file_is_called_one(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, said, error = job(CONFIG, f"--workdir={tmp_path / 'file'}")
+    assert (code, said, error) == (2, "", f"error: --workdir={tmp_path / 'file'} is a file; give a folder\n")
 
 
 def test_every_key_and_every_metric_is_documented(finished):

@@ -559,7 +559,9 @@ MINE = __name__
             ("--config.cases.tabluar.num_seeds=1",),
             ("--config.cases.tabluar.num_seeds=1: there is no tabluar; there are tabular\n",),
         ),
-        (("--config.seed=one",), ("--config.seed=one", "int", "; the config file says what it may be\n")),
+        (("--config.seed=one",), ("--config.seed=one must be an integer\n",)),
+        (("--config.seed=1.5",), ("--config.seed=1.5 must be an integer\n",)),
+        (("--config.cases=tabular",), ("--config.cases=tabular must be a dict",)),
         (("--config.max_compositions=20",), ("36 compositions", "max_compositions = 20", "lower group_size")),
         (("--config.loss=jax_async_grpo.losses.ppo_clp",), ("config.loss is", "no attribute 'ppo_clp'")),
         ((f"{CASE}task=my_tasks.task",), ("config.cases.tabular.task is 'my_tasks.task'", "No module named 'my_tasks'")),
@@ -610,8 +612,12 @@ def test_config_files_that_cannot_be_used_are_one_line(tmp_path, content, words)
 
 def test_forgotten_flags_are_named(tmp_path, config_file, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments in ((), (config_file,), (f"--workdir={tmp_path}",), (config_file, "--workdir=")):
-        refused_line(job(*arguments), "--config=configs/measure_bias.py", "--workdir=DIR")
+    config, workdir = "--config=configs/measure_bias.py", "--workdir=DIR (or --dry_run)"
+    refused_line(job(), f"give {config} and {workdir}\n")
+    for arguments in ((config_file,), (config_file, "--workdir=")):
+        refused_line(job(*arguments), f"give {workdir}\n")
+    for arguments in ((f"--workdir={tmp_path}",), ("--dry_run",)):
+        refused_line(job(*arguments), f"give {config}\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -698,6 +704,24 @@ def test_as_a_program_it_explains_itself():
     """Where the terminal knows ASCII alone too, which has no η."""
     command = [sys.executable, "-m", "launch.measure_bias", "--help"]
     ascii_only = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
-    shown = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, text=True, timeout=120).stdout
+    ran = subprocess.run(command, cwd=ROOT, env=ascii_only, capture_output=True, text=True, timeout=120)
+    shown = ran.stdout
+    assert ran.returncode == 0 and not ran.stderr
     assert "Measures the staleness bias of GRPO exactly" in shown and "--config=configs/measure_bias.py --workdir=DIR" in shown
     assert all(flag in shown for flag in ("--config:", "--workdir:", "--[no]dry_run:", "--[no]overwrite:"))
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, b"Interrupted"), (signal.SIGTERM, b"Terminated")])
+def test_a_signal_while_libraries_are_imported_is_one_line(tmp_path, number, word):
+    """Here by the first library that a job imports."""
+    (tmp_path / "absl.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "launch.train", "--dry_run"]
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert (ran.returncode, ran.stdout, ran.stderr) == (128 + number, b"", b"\n" + word + b".\n")
+
+
+def test_whoever_imports_a_job_keeps_the_signal_handlers():
+    code = "import signal; before = signal.getsignal(2), signal.getsignal(15); import launch; "
+    code += "assert before == (signal.getsignal(2), signal.getsignal(15))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

@@ -2,7 +2,7 @@
 
 from jax_async_grpo.training.run import BadUpdates, Progress, Stopped, Trainer, sizes
 from jax_async_grpo.training.setup import TrainJob, build, describe, validate
-from jax_async_grpo.training.summary import FIGURES, figure, last_line, summary
+from jax_async_grpo.training.summary import FIGURES, figure, last_line, summary, title
 
 __all__ = [
     "FIGURES",
@@ -17,5 +17,6 @@ __all__ = [
     "last_line",
     "sizes",
     "summary",
+    "title",
     "validate",
 ]

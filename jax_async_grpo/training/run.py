@@ -82,7 +82,7 @@ class Trainer:
       should_stop: asked between updates, and at the checks of a warm start.
 
     Raises:
-      Stopped: in the warm start, of which nothing is kept.
+      Stopped: before update 0 of a new run, of whose warm start nothing is kept.
       ValueError: the warm start diverges; every checkpoint of the workdir is damaged, or they are of another config;
         metrics.jsonl lacks rows from before the newest whole one.
     """
@@ -110,12 +110,19 @@ class Trainer:
         self._logprobs = jax.jit(self._token_logprobs)
         self._drift = jax.jit(metrics.drift)
         self._objective = job.learner.objective()  # one object: `estimation` compiles for each
-        self.state, self.progress = self._restored() or self._started()
+        restored = self._restored()
+        self.is_resumed = restored is not None
+        self.state, self.progress = restored or self._started()
         self.save()
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         self._step = jax.jit(
             functools.partial(learner_step, job.learner), donate_argnums=0, out_shardings=(shardings, replicated(job.mesh))
         )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all T updates are done."""
+        return self.progress.step == self.job.config["num_updates"]
 
     def run(self) -> bool:
         """Updates until T, or until `should_stop`; True if the run is complete. Everything is saved at the end.
@@ -124,18 +131,16 @@ class Trainer:
           BadUpdates: `max_bad_updates` in a row; the last good checkpoint is kept.
           OSError: a record or checkpoint cannot be written; what was written before is whole.
         """
-        config = self.job.config
-        every = config["checkpoint"]["every"]
-        while self.progress.step < config["num_updates"] and not self._should_stop():
+        every = self.job.config["checkpoint"]["every"]
+        while not self.is_complete and not self._should_stop():
             self._one_update()
             if self.progress.step % every == 0 and self.progress.bad_updates == 0:
                 self._evaluate_if_due()  # first, so that the checkpoint's score is its own
                 self.save()
-        done = self.progress.step == config["num_updates"]
-        if done:
+        if self.is_complete:
             self._evaluate_if_due()
         self.save()
-        return done
+        return self.is_complete
 
     def save(self) -> None:
         """Writes the rows so far and a checkpoint, unless this step is saved."""
@@ -428,7 +433,7 @@ class Trainer:
     def _on_warm_start(self, step: int, reward: float) -> None:
         self._write({"kind": "warm_start", "step": step, "heldout_reward": reward})
         if self._should_stop():
-            raise Stopped("the warm start is not saved and begins again")
+            raise Stopped("nothing is saved before the first update; the same command begins again")
 
     def _arrays(self) -> dict[str, Any]:
         return {"state": self.state, "pending": self._packed()}
