@@ -261,6 +261,7 @@ def _no_chatter(record: logging.LogRecord) -> bool:
 @contextlib.contextmanager
 def _orbax_context() -> Iterator[None]:
     context = ocp.Context()
+    context.array.saving.use_replica_parallel = False  # one process writes all; every slice of a replica would be compiled
     context.array.saving.use_compression = False  # floats shrink by 8 % and take 8 times as long
     context.asynchronous.create_directories_asynchronously = False  # a folder that cannot be made fails now
     with context:

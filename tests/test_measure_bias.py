@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import math
@@ -717,7 +718,8 @@ def test_a_signal_while_libraries_are_imported_is_one_line(tmp_path, number, wor
     (tmp_path / "absl.py").write_text(f"import os, time\nos.kill(os.getpid(), {int(number)})\ntime.sleep(60)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     command = [sys.executable, "-m", "launch.train", "--dry_run"]
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    heard = functools.partial(signal.signal, number, signal.SIG_DFL)  # background jobs of a shell ignore Ctrl-C
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, preexec_fn=heard)
     assert (ran.returncode, ran.stdout, ran.stderr) == (128 + number, b"", b"\n" + word + b".\n")
 
 

@@ -118,7 +118,7 @@ def test_results_of_an_unfinished_study_are_refused(toy, tmp_path):
 def test_the_command_line_says_what_is_wrong_and_what_would_run(toy, tmp_path):
     code, out, _ = launch(tmp_path, "--dry_run")
     assert code == 0 and out.splitlines() == ["1", "2", "3", "3 pieces"] and not toy.measured
-    for arguments, message in [(["--dry_run", "--config.factor=-1"], "config.factor is -1"), ([], "give --config=")]:
+    for arguments, message in [(["--dry_run", "--config.factor=-1"], "config.factor is -1"), ([], "give --workdir=")]:
         code, _, err = launch(tmp_path, *arguments)
         assert code == 2 and message in err and err.count("\n") == 1
     for study, message in [("no.such.study", "config.study is 'no.such.study'"), ("math", "has no function validate, pieces")]:

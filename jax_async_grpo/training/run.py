@@ -371,7 +371,7 @@ class Trainer:
             on_check=self._on_warm_start,
             **config["warm_start"],
         )
-        if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(warm.params)):
+        if not jax.jit(_is_finite)(warm.params):
             raise ValueError(
                 f"the warm start's parameters are not finite after {warm.num_updates} updates: lower "
                 "config.warm_start.learning_rate"
@@ -455,6 +455,10 @@ class Trainer:
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
         self._workdir.append_metrics(rows)
+
+
+def _is_finite(params: Params) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)]))
 
 
 def sizes(job: TrainJob) -> tuple[int, int]:

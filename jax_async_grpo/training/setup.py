@@ -440,7 +440,8 @@ def _is_separable(learner: Learner, group_size: int) -> bool:
         rewards=jnp.asarray(rng.random(mask.shape[:2]), jnp.float32),
         policy_version=jnp.zeros(mask.shape[:2], jnp.int32),
     )
-    return float(estimation.prompt_coupling(learner.objective(), logprobs, rollouts)) <= _COUPLING_TOLERANCE
+    coupling = jax.jit(functools.partial(estimation.prompt_coupling, learner.objective()))  # at once: it has hundreds of steps
+    return float(coupling(logprobs, rollouts)) <= _COUPLING_TOLERANCE
 
 
 def _optimizer(config: Mapping[str, Any], learning_rate) -> optax.GradientTransformation:
