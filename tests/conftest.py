@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ def share_compilations() -> None:
 
 shorten_compilation()
 share_compilations()
+gc.set_threshold(100_000, 20, 20)  # traces are many objects and hardly any garbage: collections took a fifteenth of the time
 
 import jax  # noqa: E402
 

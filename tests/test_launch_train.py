@@ -371,7 +371,7 @@ def test_the_documented_tasks_can_be_built(tmp_path, monkeypatch):
 def start(folder: Path) -> subprocess.Popen:
     """The job in a process of its own; what one has compiled the next one takes."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    changes = ["--config.num_updates=40", "--config.bias.every=0"]
+    changes = ["--config.num_updates=28", "--config.bias.every=0"]
     command = [sys.executable, "-m", "launch.train", CONFIG, f"--workdir={folder}", *changes]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -389,7 +389,7 @@ def wait_for_updates(folder: Path, process: subprocess.Popen, step: int) -> None
 
 def test_sigterm_saves_and_kill_nine_loses_nothing(tmp_path):
     """One run killed three times, once by SIGTERM, ends as one that was never stopped, to the byte."""
-    for step, number in ((4, signal.SIGKILL), (16, signal.SIGTERM), (28, signal.SIGKILL)):
+    for step, number in ((4, signal.SIGKILL), (12, signal.SIGTERM), (20, signal.SIGKILL)):
         process = start(tmp_path / "killed")
         wait_for_updates(tmp_path / "killed", process, step)
         process.send_signal(number)
@@ -401,7 +401,7 @@ def test_sigterm_saves_and_kill_nine_loses_nothing(tmp_path):
         _, error = process.communicate(timeout=240)
         assert process.returncode == 0, error
     files = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("killed", "whole")]
-    assert files[0] == files[1] and b'"step": 39' in files[0]
+    assert files[0] == files[1] and b'"step": 27' in files[0]
 
 
 def test_the_smoke_config_is_the_default_with_smaller_numbers():
