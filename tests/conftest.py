@@ -15,6 +15,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Matrices are small here: threads of BLAS wait for each other, and pytest's workers use every core already.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Tests compile much and run little, in the processes that they start as well: a third of their time went into optimizing
+# programs that run once.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 # XLA sends each fused loop through MLIR and then splits the code among threads: five times the compilation, for programs that
 # run once.
 FLAGS = ("--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1")
@@ -51,5 +55,3 @@ import jax  # noqa: E402
 
 # Not through JAX_ENABLE_X64: child processes would inherit that, and a job that forgot to ask for float64 would pass.
 jax.config.update("jax_enable_x64", True)
-# Tests compile much and run little: a third of their time went into optimizing programs that run once.
-jax.config.update("jax_disable_most_optimizations", True)
