@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from pathlib import Path
 
 import jax
 import pytest
-from absl.testing import flagsaver
 from tensorboardX.event_file_writer import EventsWriter
 
 from jax_async_grpo import records, training, workdir_lock
@@ -26,23 +24,13 @@ from jax_async_grpo.tasks import digit_text
 from jax_async_grpo.training import monitor as training_monitor
 from launch import command_line
 from launch import train as launch_train
+from tests.launched import job_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = f"--config={ROOT / 'tests' / 'tiny_training.py'}"
 
 
-def job(*arguments) -> tuple[int, str, str]:
-    """Exit code, output and errors of `python -m launch.train ARGUMENTS`, in this process."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["launch/train.py", *map(str, arguments)]
-    try:
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            command_line.run(launch_train.main)
-    except SystemExit as stop:
-        return stop.code or 0, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = argv
-    raise AssertionError("the job did not exit")
+job = job_of(launch_train.main, "train")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import io
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import ml_collections
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 from configs import plan as plan_config
 from configs import sweep_digits, train_smoke
 from jax_async_grpo import plan_evidence, plan_log, plan_report, plan_run, planner, records
 from jax_async_grpo.planner import Anchor, HorizonRun, Probe
-from launch import command_line
 from launch import plan as launch_plan
+from tests.launched import job_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RULE = dict(rule={}, level=0.8, confidence=0.9)
@@ -610,17 +606,7 @@ def test_anchors_of_a_sweep_that_has_run_are_reused(measured, tmp_path):
         plan_run.measure(other, here, 3, lambda name, seconds: None)
 
 
-def job(*arguments) -> tuple[int, str, str]:
-    """Exit code, output and errors of `python -m launch.plan ARGUMENTS`, in this process."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["launch/plan.py", *map(str, arguments)]
-    try:
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            command_line.run(launch_plan.main)
-    except SystemExit as stop:
-        return stop.code or 0, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = argv
+job = job_of(launch_plan.main, "plan")
 
 
 def test_the_job_plans_from_what_is_there(measured, tmp_path):

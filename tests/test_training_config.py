@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import jax
 import pytest
-from absl.testing import flagsaver
 
 from jax_async_grpo import config_checks, losses, tasks, training
 from jax_async_grpo.corrections import token_tis
-from launch import command_line
 from launch import train as launch_train
 from tests import tiny_training
+from tests.launched import job_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = f"--config={ROOT / 'tests' / 'tiny_training.py'}"
@@ -46,18 +42,7 @@ def compiled():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def job(*arguments) -> tuple[int, str, str]:
-    """Exit code, output and errors of `python -m launch.train ARGUMENTS`, in this process."""
-    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["launch/train.py", *map(str, arguments)]
-    try:
-        with flagsaver.flagsaver(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            command_line.run(launch_train.main)
-    except SystemExit as stop:
-        return stop.code or 0, out.getvalue(), err.getvalue()
-    finally:
-        sys.argv = argv
-    raise AssertionError("the job did not exit")
+job = job_of(launch_train.main, "train")
 
 
 def tiny_config(**changes) -> dict:
